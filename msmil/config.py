@@ -1,0 +1,284 @@
+"""The configuration of an experiment: frozen dataclasses whose field docs are the reference.
+
+Read from YAML and `a.b=c` overrides by msmil.config_io. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shards.errors import UserError
+
+
+def opt(default: Any, doc: str) -> Any:
+    """A field with its default and the one sentence that --help and the reference print."""
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and which labels are learned."""
+
+    shards: str = opt("data/shards", "folder that `msmil pack` wrote (holds manifest.json)")
+    labels: tuple[str, ...] = opt(("Mass",), "labels of the manifest that the model learns, in this order")
+    last_batch: Literal["pad", "drop"] = opt("pad", "last global batch of an epoch: fill with weight 0, or leave out")
+    shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
+    workers: int = opt(2, "decoding processes per rank; 0 decodes in the training process")
+    prefetch_batches: int = opt(2, "batches each decoding process keeps ready")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training images on the device; each draw is a function of (seed, epoch, sample)."""
+
+    horizontal_flip: float = opt(0.5, "probability of mirroring left and right")
+    vertical_flip: float = opt(0.5, "probability of mirroring top and bottom")
+    rotation_deg: float = opt(0.0, "largest rotation in degrees, either way")
+    scale: float = opt(0.0, "largest relative change of size, either way")
+    gamma: float = opt(0.0, "largest |log| of the exponent applied to intensities in 0..1")
+    gain: float = opt(0.0, "largest relative change of intensity, either way")
+    offset: float = opt(0.0, "largest shift of intensity in 0..1, either way; air stays black")
+    noise_sd: float = opt(0.0, "largest standard deviation of added Gaussian noise, intensity in 0..1")
+    cutout_count: int = opt(0, "number of squares set to black")
+    cutout_px: int = opt(64, "side of such a square in pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagConfig:
+    """How an image becomes a bag of instances, on the device."""
+
+    instances: Literal["image", "tiles"] = opt(
+        "image", "one fully convolutional pass over the image, or tiles (published)"
+    )
+    tile_size_px: int = opt(512, "side of a tile in pixels (instances: tiles)")
+    tile_overlap: float = opt(0.0, "share of a tile that the next one repeats, 0 <= x < 1 (instances: tiles)")
+    pad_multiple_px: int = opt(128, "image is padded with black up to a multiple of this (instances: image)")
+    mean: float = opt(0.3089279, "mean subtracted from intensities in 0..1")
+    std: float = opt(0.25053555408335154, "divisor after the mean")
+    local_contrast: float = opt(0.0, "gain of the local contrast step x + gain * (x - Gaussian(x)); 0 is off")
+    local_contrast_sigma_px: float = opt(3.0, "standard deviation of that Gaussian in pixels")
+    augment: AugmentConfig = opt(AugmentConfig, "random changes of training images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Backbone -> FPN -> MIL per scale -> scale aggregation."""
+
+    backbone: str = opt("efficientnet_b2", "name of a timm model that supports features_only")
+    backbone_options: dict[str, Any] = opt(dict, "further arguments of timm.create_model")
+    pretrained: bool = opt(False, "start from timm's pretrained weights (needs the hub or its cache)")
+    in_channels: Literal[1, 3] = opt(1, "channels of the backbone's input; 3 repeats the grey image")
+    drop_path_rate: float = opt(0.0, "stochastic depth of the backbone, largest rate")
+    instance_encoder: Literal["fpn"] = opt("fpn", "how instances of several scales are made")
+    scales: tuple[int, ...] = opt(
+        (16, 32, 128), "strides of the scales in pixels; beyond the backbone's last: subsampled"
+    )
+    fpn_dim: int = opt(256, "channels of the pyramid")
+    mil_encoder: Literal["mlp", "sab", "isab"] = opt("mlp", "encoder of instances, one per scale")
+    encoder_dim: int = opt(256, "width of encoded instances")
+    encoder_dropout: float = opt(0.0, "dropout in the mlp encoder")
+    encoder_blocks: int = opt(2, "blocks of sab and isab")
+    encoder_heads: int = opt(4, "attention heads of sab and isab")
+    encoder_layer_norm: bool = opt(False, "layer norm in sab, isab and pma")
+    inducing_points: Literal["auto"] | tuple[int, ...] = opt(
+        "auto", "isab: points per scale; auto: 10 log10(instances)"
+    )
+    pooling: Literal["attention", "gated_attention", "pma"] = opt(
+        "gated_attention", "instances -> one embedding per label"
+    )
+    attention_dim: int = opt(128, "hidden width of attention pooling and of the scale attention")
+    attention_dropout: float = opt(0.0, "dropout inside attention pooling and the scale attention")
+    pma_heads: int = opt(1, "attention heads of pma")
+    attention: Literal["per_label", "shared"] = opt("per_label", "each label has its own attention, or all share one")
+    scale_aggregator: Literal["gated_attention"] = opt("gated_attention", "how scales are merged")
+    deep_supervision: bool = opt(True, "a head and a loss per scale")
+    classifier_dropout: float = opt(0.0, "dropout before every classifier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Binary cross-entropy per label, summed over heads."""
+
+    pos_weight: Literal["auto", "none"] | tuple[float, ...] = opt(
+        "auto", "weight of positives per label: negatives / positives of the training images, none, or numbers"
+    )
+    instance_weight: float = opt(0.0, "weight of the auxiliary loss on the top instances; 0 is off")
+    instance_top_fractions: tuple[float, ...] = opt(
+        (0.005, 0.02), "shares of instances whose mean logit that loss takes"
+    )
+    uniform_attention_share: float = opt(0.0, "share of all steps over which attention is mixed with uniform, 1 -> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW; the learning rate is a pure function of the step: linear warm-up, then cosine to 0."""
+
+    lr: float = opt(5e-5, "learning rate of everything but the backbone")
+    backbone_lr_factor: float = opt(0.1, "the backbone's learning rate is lr times this")
+    weight_decay: float = opt(1e-4, "decoupled weight decay; norms and biases have none")
+    beta1: float = opt(0.9, "AdamW's first beta")
+    beta2: float = opt(0.999, "AdamW's second beta")
+    warmup_epochs: float = opt(1.0, "epochs of linear warm-up")
+    clip_grad_norm: float = opt(0.0, "largest norm of the gradient; 0 is off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How training runs."""
+
+    epochs: int = opt(30, "passes over the training images")
+    batch_size: int = opt(8, "images of one optimizer step, over all ranks and accumulation steps")
+    accumulation: int = opt(1, "micro-steps of one optimizer step")
+    engine: Literal["ddp"] = opt("ddp", "what synchronises the ranks")
+    precision: Literal["fp32", "bf16", "fp16"] = opt("bf16", "autocast type over fp32 parameters; fp16 needs a GPU")
+    encoder: Literal["finetune", "frozen"] = opt("finetune", "train the backbone, or keep it in eval mode")
+    head_warmup_epochs: int = opt(0, "epochs at the start in which the backbone is frozen")
+    trainable_blocks: Literal["all"] | int = opt("all", "how many of the backbone's last blocks train")
+    batch_norm: Literal["frozen", "train", "sync"] = opt(
+        "frozen", "backbone statistics: kept, moved per rank and averaged each step, or synchronised (GPUs)"
+    )
+    gradient_checkpointing: bool = opt(False, "recompute the backbone's activations: less memory, more time")
+    channels_last: bool = opt(True, "memory format of convolutions")
+    compile: bool = opt(False, "torch.compile the model")
+    ema_decay: float = opt(0.0, "decay of the averaged weights that are evaluated and exported; 0 is off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved; the best step and the end are always kept."""
+
+    every_steps: int = opt(0, "save every N steps; 0 saves at the end of each epoch only")
+    keep_last: int = opt(2, "newest checkpoints to keep, beside the best one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Validation while training, and what `msmil evaluate` computes."""
+
+    every_epochs: int = opt(1, "validate after every N epochs, and after the last")
+    batch_size: int = opt(8, "images per rank and step")
+    bootstrap_replicates: int = opt(1000, "patient-clustered bootstrap replicates of each interval")
+    confidence: float = opt(0.95, "coverage of the intervals")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What is logged while it trains."""
+
+    every_steps: int = opt(10, "write TensorBoard scalars every N steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """An experiment. Its run folder is output_dir/name."""
+
+    name: str = opt("run", "name of the run folder")
+    output_dir: str = opt("runs", "where run folders lie")
+    seed: int = opt(10, "seed of weights, order, augmentation and dropout")
+    data: DataConfig = opt(DataConfig, "images and labels")
+    bags: BagConfig = opt(BagConfig, "image -> instances")
+    model: ModelConfig = opt(ModelConfig, "the network")
+    loss: LossConfig = opt(LossConfig, "what is minimised")
+    optim: OptimConfig = opt(OptimConfig, "the optimizer")
+    train: TrainConfig = opt(TrainConfig, "the run")
+    checkpoint: CheckpointConfig = opt(CheckpointConfig, "saving")
+    evaluate: EvaluateConfig = opt(EvaluateConfig, "metrics")
+    tracking: TrackingConfig = opt(TrackingConfig, "logging")
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def _require(ok: bool, key: str, value: object, fix: str) -> None:
+    if not ok:
+        raise UserError(f"{key} is {value!r}", fix=fix)
+
+
+def _check(config: Config) -> None:
+    """Refuse what types cannot tell: ranges and settings that exclude each other."""
+    _check_ranges(config)
+    model, train, bags, data = config.model, config.train, config.bags, config.data
+    scales = model.scales
+    _require(
+        len(scales) > 0 and list(scales) == sorted(set(scales)) and all(s > 0 and s & (s - 1) == 0 for s in scales),
+        "model.scales",
+        list(scales),
+        "give powers of two in ascending order, for example [16, 32, 128]",
+    )
+    _require(len(data.labels) > 0, "data.labels", list(data.labels), "name at least one label of the manifest")
+    _require(len(set(data.labels)) == len(data.labels), "data.labels", list(data.labels), "name each label once")
+    if isinstance(config.loss.pos_weight, tuple):
+        weights = config.loss.pos_weight
+        fix = f"give one positive number for each of the labels {list(data.labels)}"
+        _require(
+            len(weights) == len(data.labels) and all(w > 0 for w in weights), "loss.pos_weight", list(weights), fix
+        )
+    if isinstance(model.inducing_points, tuple):
+        fix = f"give one positive number per scale of {list(scales)}, or auto"
+        points = model.inducing_points
+        _require(len(points) == len(scales) and min(points) > 0, "model.inducing_points", list(points), fix)
+    if bags.instances == "image":
+        fix = f"make it a multiple of the coarsest stride, {max(scales)}"
+        _require(bags.pad_multiple_px % max(scales) == 0, "bags.pad_multiple_px", bags.pad_multiple_px, fix)
+    else:
+        fix = f"make it a multiple of the coarsest stride, {max(scales)}"
+        _require(bags.tile_size_px % max(scales) == 0, "bags.tile_size_px", bags.tile_size_px, fix)
+    if train.gradient_checkpointing:
+        fix = "set train.batch_norm: frozen, since recomputed activations would move the statistics twice"
+        _require(train.batch_norm == "frozen", "train.batch_norm (with gradient_checkpointing)", train.batch_norm, fix)
+    if train.encoder == "frozen":
+        fix = "set train.head_warmup_epochs: 0, or train.encoder: finetune"
+        _require(train.head_warmup_epochs == 0, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
+        fix = "set train.batch_norm: frozen; a frozen encoder runs in eval mode"
+        _require(train.batch_norm == "frozen", "train.batch_norm", train.batch_norm, fix)
+    fix = "the head-only stage must end before the run does"
+    _require(train.head_warmup_epochs < train.epochs, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
+
+
+def _check_ranges(config: Config) -> None:
+    parts = (config.data, config.bags, config.bags.augment, config.model, config.loss, config.optim, config.train)
+    names = ("data", "bags", "bags.augment", "model", "loss", "optim", "train")
+    values = {f"{n}.{k}": v for n, part in zip(names, parts, strict=True) for k, v in vars(part).items()}
+    for section in ("checkpoint", "evaluate", "tracking"):
+        values |= {f"{section}.{k}": v for k, v in vars(getattr(config, section)).items()}
+    for key in _AT_LEAST_ONE:
+        _require(values[key] >= 1, key, values[key], "give a number of at least 1")
+    for key in _NOT_NEGATIVE:
+        _require(values[key] >= 0, key, values[key], "give a number that is not negative")
+    for key in _BELOW_ONE:
+        _require(0 <= values[key] < 1, key, values[key], "give a number in 0 <= x < 1")
+    for key in _UP_TO_ONE:
+        _require(0 <= values[key] <= 1, key, values[key], "give a number in 0 <= x <= 1")
+    for key in ("bags.std", "bags.local_contrast_sigma_px", "optim.lr"):
+        _require(values[key] > 0, key, values[key], "give a number above 0")
+    blocks = config.train.trainable_blocks
+    _require(blocks == "all" or int(blocks) >= 1, "train.trainable_blocks", blocks, "give all, or at least 1")
+    fractions = config.loss.instance_top_fractions
+    fix = "give shares in 0 < x <= 1, for example [0.005, 0.02]"
+    _require(
+        len(fractions) > 0 and all(0 < f <= 1 for f in fractions), "loss.instance_top_fractions", list(fractions), fix
+    )
+    _require("/" not in config.name and config.name.strip("."), "name", config.name, "give a plain folder name")
+
+
+_AT_LEAST_ONE = (
+    "data.shuffle_block_shards", "data.prefetch_batches", "bags.tile_size_px", "bags.pad_multiple_px",
+    "bags.augment.cutout_px", "model.fpn_dim", "model.encoder_dim", "model.encoder_blocks", "model.encoder_heads",
+    "model.attention_dim", "model.pma_heads", "train.epochs", "train.batch_size", "train.accumulation",
+    "checkpoint.keep_last", "evaluate.every_epochs", "evaluate.batch_size", "evaluate.bootstrap_replicates",
+    "tracking.every_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "data.workers", "bags.local_contrast", "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd",
+    "bags.augment.cutout_count", "loss.instance_weight", "optim.backbone_lr_factor", "optim.weight_decay",
+    "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",
+)  # fmt: skip
+_BELOW_ONE = (
+    "bags.tile_overlap", "bags.augment.scale", "bags.augment.gain", "bags.augment.offset", "model.drop_path_rate",
+    "model.encoder_dropout", "model.attention_dropout", "model.classifier_dropout", "optim.beta1", "optim.beta2",
+    "train.ema_decay", "evaluate.confidence",
+)  # fmt: skip
+_UP_TO_ONE = ("bags.augment.horizontal_flip", "bags.augment.vertical_flip", "loss.uniform_attention_share")

@@ -1,0 +1,1 @@
+"""Mammograms to tars to batches; knows nothing of models."""

@@ -1,0 +1,1 @@
+"""One file per archive: what a user downloaded, read into source rows."""
