@@ -73,9 +73,7 @@ class ModelConfig:
     in_channels: Literal[1, 3] = opt(1, "channels of the backbone's input; 3 repeats the grey image")
     drop_path_rate: float = opt(0.0, "stochastic depth of the backbone, largest rate")
     instance_encoder: Literal["fpn"] = opt("fpn", "how instances of several scales are made")
-    scales: tuple[int, ...] = opt(
-        (16, 32, 128), "strides of the scales in pixels; beyond the backbone's last: subsampled"
-    )
+    scales: tuple[int, ...] = opt((16, 32, 128), "strides of the scales; beyond the backbone's last: subsampled")
     fpn_dim: int = opt(256, "channels of the pyramid")
     mil_encoder: Literal["mlp", "sab", "isab"] = opt("mlp", "encoder of instances, one per scale")
     encoder_dim: int = opt(256, "width of encoded instances")
@@ -83,12 +81,8 @@ class ModelConfig:
     encoder_blocks: int = opt(2, "blocks of sab and isab")
     encoder_heads: int = opt(4, "attention heads of sab and isab")
     encoder_layer_norm: bool = opt(False, "layer norm in sab, isab and pma")
-    inducing_points: Literal["auto"] | tuple[int, ...] = opt(
-        "auto", "isab: points per scale; auto: 10 log10(instances)"
-    )
-    pooling: Literal["attention", "gated_attention", "pma"] = opt(
-        "gated_attention", "instances -> one embedding per label"
-    )
+    inducing_points: Literal["auto"] | tuple[int, ...] = opt("auto", "isab: per scale; auto: 10 log10(instances)")
+    pooling: Literal["attention", "gated_attention", "pma"] = opt("gated_attention", "instances -> embedding per label")
     attention_dim: int = opt(128, "hidden width of attention pooling and of the scale attention")
     attention_dropout: float = opt(0.0, "dropout inside attention pooling and the scale attention")
     pma_heads: int = opt(1, "attention heads of pma")
@@ -106,10 +100,8 @@ class LossConfig:
         "auto", "weight of positives per label: negatives / positives of the training images, none, or numbers"
     )
     instance_weight: float = opt(0.0, "weight of the auxiliary loss on the top instances; 0 is off")
-    instance_top_fractions: tuple[float, ...] = opt(
-        (0.005, 0.02), "shares of instances whose mean logit that loss takes"
-    )
-    uniform_attention_share: float = opt(0.0, "share of all steps over which attention is mixed with uniform, 1 -> 0")
+    instance_top_fractions: tuple[float, ...] = opt((0.005, 0.02), "shares of instances whose mean it takes")
+    uniform_attention_share: float = opt(0.0, "share of steps with uniform attention mixed in, 1 -> 0")
 
 
 @dataclass(frozen=True, kw_only=True)

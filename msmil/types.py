@@ -31,7 +31,9 @@ class Bag:
 
 @dataclass(slots=True)
 class BagOutput:
-    """Everything a model computes for a batch of bags; a scale is keyed by its stride, instances are (tile, y, x) row-major.
+    """Everything a model computes for a batch of bags.
+
+    A scale is keyed by its stride; instances of a scale are ordered (tile, y, x), row-major.
 
     logit_BK: of the aggregated probability; scale_logit_SBK: side heads (deep supervision);
     attention: {scale: weight_BKI}, sums to 1 over I; score: {scale: raw_BKI} before the probability map;
