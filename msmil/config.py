@@ -253,7 +253,7 @@ def _check_ranges(config: Config) -> None:
     _require(
         len(fractions) > 0 and all(0 < f <= 1 for f in fractions), "loss.instance_top_fractions", list(fractions), fix
     )
-    _require("/" not in config.name and config.name.strip("."), "name", config.name, "give a plain folder name")
+    _require("/" not in config.name and config.name.strip(".") != "", "name", config.name, "give a plain folder name")
 
 
 _AT_LEAST_ONE = (

@@ -20,6 +20,14 @@ class UserError(ValueError):
         self.file = None if file is None else str(file)
         super().__init__(thing, fix, self.file)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (self.thing, self.fix, self.file)
+
     def __str__(self) -> str:
         where = f"{self.file}: " if self.file else ""
         return f"{where}{self.thing}. Fix: {self.fix}"
+
+
+def _restore(thing: str, fix: str, file: str | None) -> UserError:
+    """Unpickle in another process: exceptions are rebuilt from positional arguments only."""
+    return UserError(thing, fix=fix, file=file)

@@ -1,0 +1,1 @@
+"""What a person starts; thin: parse, call, exit code."""

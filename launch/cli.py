@@ -1,0 +1,47 @@
+"""The console script `msmil`: one command per file, errors of users as one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import msmil
+from launch import demo, evaluate, pack, phantom, train, verify
+from shards.errors import UserError
+
+EXIT_OK = 0
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+_COMMANDS = (demo, phantom, pack, verify, train, evaluate)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command; imports no torch."""
+    parser = argparse.ArgumentParser(
+        prog="msmil",
+        description="Multi-scale attention MIL on full-resolution mammograms: shards, training, evaluation.",
+        epilog="`msmil COMMAND --help` names the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"msmil {msmil.__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UserError as error:
+        print(f"msmil: error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("msmil: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

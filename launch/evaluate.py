@@ -1,0 +1,87 @@
+"""`msmil evaluate RUN`, and the program of one of its ranks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from launch.ranks import default_ranks, rank_program, start_ranks
+from msmil.config_io import load_config
+from shards.errors import UserError
+from shards.types import SPLITS
+
+if TYPE_CHECKING:
+    from msmil.config import Config
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `msmil evaluate`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="metrics with intervals, figures, and where a trained run looks",
+        description="Evaluate a run on a split: predictions, metrics at a threshold chosen on validation, "
+        "heat-maps, and how often their peak lies in a box. Writes into the run folder.",
+        epilog="example: msmil evaluate runs/demo --split test",
+    )
+    _add_arguments(parser)
+    parser.add_argument("--ranks", type=int, help="processes on this machine (default: one per GPU, else 2)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be checked, then start the ranks."""
+    config = _config(args)
+    ranks = default_ranks() if args.ranks is None else args.ranks
+    from msmil.engine.evaluate import find_checkpoint
+    from msmil.engine.pipeline import open_data
+    from msmil.engine.run_folder import RunFolder
+
+    find_checkpoint(RunFolder(args.folder), args.checkpoint)
+    open_data(config)
+    arguments = [args.folder, "--split", args.split, "--checkpoint", args.checkpoint]
+    if args.shards is not None:
+        arguments += ["--shards", args.shards]
+    return start_ranks("launch.evaluate", arguments, ranks=ranks, precision=config.train.precision)
+
+
+def main(config: Config, folder: str, *, split: Any, checkpoint: str) -> None:
+    """Evaluate in this process, one rank of the world that the launcher made."""
+    from msmil.engine.evaluate import evaluate
+    from msmil.engine.run_folder import RunFolder
+    from msmil.engine.runtime import Runtime
+
+    runtime = Runtime(config.train)
+    evaluate(config, RunFolder(folder), runtime, split=split, checkpoint=checkpoint)
+    runtime.close()
+
+
+def rank_main(argv: Sequence[str] | None = None) -> int:
+    """What a launcher starts: parse, evaluate, exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description="one rank of an evaluation")
+    _add_arguments(parser)
+    args = parser.parse_args(argv)
+    return rank_program(lambda: main(_config(args), args.folder, split=args.split, checkpoint=args.checkpoint))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run folder, for example runs/demo")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="images to judge (default: test)")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or step_N (default: best)")
+    parser.add_argument("--shards", help="packed folder (default: the one the run was trained on)")
+
+
+def _config(args: argparse.Namespace) -> Config:
+    from msmil.engine.run_folder import RunFolder
+
+    file = RunFolder(args.folder).config
+    if not file.exists():
+        raise UserError("is no run folder (no config.yaml)", file=args.folder, fix="name a folder beneath runs/")
+    config = load_config(file)
+    return config if args.shards is None else replace(config, data=replace(config.data, shards=args.shards))
+
+
+if __name__ == "__main__":
+    sys.exit(rank_main())

@@ -1,0 +1,102 @@
+"""Start one process per GPU (or per CPU rank) through accelerate, and say in one line how they ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from shards.errors import UserError
+
+EXIT_USER = 2
+CPU_RANKS = 2
+_FAILURE_FILE = "MSMIL_FAILURE_FILE"
+
+
+def default_ranks() -> int:
+    """One rank per GPU; on a machine without any, two CPU ranks (one on a single core)."""
+    import torch
+
+    return torch.cuda.device_count() or min(CPU_RANKS, os.cpu_count() or 1)
+
+
+def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision: str) -> int:
+    """Run `python -m module arguments` in `ranks` processes of this machine and wait for them.
+
+    Returns:
+        0, or the exit code of the rank that failed first (its reason is printed): 2 for a mistake of the user.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is said below, once
+    options = ["--num_processes", str(ranks), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", {"fp32": "no"}.get(precision, precision), "--dynamo_backend", "no"]
+    options += ["--num_cpu_threads_per_process", str(_threads(ranks))]
+    if ranks > 1:
+        options.append("--multi_gpu")  # accelerate's word for several processes, on CPUs too
+    with _environment() as failure:
+        try:
+            launch_command(launch_command_parser().parse_args([*options, "--module", module, *arguments]))
+        except ChildFailedError as error:
+            rank, first = error.get_first_failure()
+            return _explain(failure, f"rank {rank} (pid {first.pid})", first.exitcode)
+        except subprocess.CalledProcessError as error:  # a single rank runs under accelerate's simple launcher
+            return _explain(failure, "the only rank", error.returncode)
+    return 0
+
+
+def rank_program(body: Callable[[], None]) -> int:
+    """Run the body of one rank; a UserError becomes one line and exit code 2.
+
+    Under start_ranks the line goes to the parent, which prints it once for all ranks.
+    """
+    try:
+        body()
+    except UserError as error:
+        file = os.environ.get(_FAILURE_FILE)
+        if file is None:
+            print(f"msmil: error: {error}", file=sys.stderr, flush=True)
+        else:
+            with Path(file).open("a", encoding="utf-8") as stream:
+                stream.write(f"{error}\n")
+        return EXIT_USER
+    return 0
+
+
+def _threads(ranks: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+@contextmanager
+def _environment() -> Iterator[Path]:
+    """What the ranks inherit: where to write the reason of a failure, and whether to stay on the CPU."""
+    import torch
+
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="msmil_") as folder:
+        os.environ[_FAILURE_FILE] = str(Path(folder) / "failure.txt")
+        if not torch.cuda.is_available():
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        try:
+            yield Path(folder) / "failure.txt"
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _explain(failure: Path, who: str, code: int) -> int:
+    if failure.exists():
+        print(f"msmil: error: {failure.read_text(encoding='utf-8').splitlines()[0]}", file=sys.stderr)
+        return EXIT_USER
+    how = f"ended with exit code {code}"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    print(f"msmil: {who} {how}; the same command again goes on from the last checkpoint", file=sys.stderr)
+    return code if code > 0 else 128 - code

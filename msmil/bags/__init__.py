@@ -1,0 +1,1 @@
+"""Images to bags of instances, on the device."""

@@ -1,0 +1,1 @@
+"""The engine: runs a network over data, on any number of ranks."""

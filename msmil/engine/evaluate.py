@@ -1,0 +1,149 @@
+"""What a trained run is worth: predictions, metrics with intervals, and where it looks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msmil.config import Config
+from msmil.detection.breast import breast_masks
+from msmil.detection.heatmap import map_names, maps
+from msmil.detection.localisation import PeakHits
+from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest, pointed
+from msmil.engine.pipeline import Pipeline, build_network, open_pipeline
+from msmil.engine.predict import forward_batches, predict
+from msmil.engine.run_folder import RunFolder
+from msmil.engine.runtime import Runtime
+from msmil.engine.tracking import log, open_log
+from msmil.evaluation.predictions import write_atomically, write_predictions
+from msmil.evaluation.results import classification_results, results_table
+from msmil.models.mil import MILModel
+from msmil.types import Prediction
+from shards.errors import UserError
+from shards.plan import evaluation_span
+from shards.types import Split
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A trained network on its data, in this process."""
+
+    pipeline: Pipeline
+    folder: RunFolder
+    network: MILModel
+
+
+def evaluate(config: Config, folder: RunFolder, runtime: Runtime, *, split: Split, checkpoint: str) -> dict[str, Any]:
+    """Evaluate a run on a split, write its files, and return the results.
+
+    Writes predictions/{val,split}.csv, metrics/<split>.json and figures/<split>_*.png into the run folder.
+
+    Args:
+        config: the run's, perhaps with another data.shards.
+        checkpoint: `best`, `latest`, or the name of a folder such as step_00000880.
+
+    Raises:
+        UserError: no checkpoint, other data, no images in the split; a probability that is not finite.
+    """
+    open_log(folder.log if runtime.is_main else None)
+    evaluation = open_evaluation(config, folder, runtime, find_checkpoint(folder, checkpoint))
+    pipeline, scales = evaluation.pipeline, evaluation.network.scales
+    predictions: dict[str, list[Prediction]] = {
+        name: _predict(evaluation, name) for name in dict.fromkeys(("val", split))
+    }
+    results = classification_results(
+        predictions[split],
+        predictions["val"],
+        pipeline.labels,
+        scales,
+        replicates=config.evaluate.bootstrap_replicates,
+        confidence=config.evaluate.confidence,
+        seed=config.seed,
+    )
+    results["localisation"] = localise(evaluation, split)
+    runtime.on_main(lambda: _write(evaluation, split, predictions, results))
+    return results
+
+
+def find_checkpoint(folder: RunFolder, name: str) -> Path:
+    """The folder of a checkpoint by name; `best` is the latest where no validation metric was defined."""
+    root = folder.checkpoints
+    found = pointed(root, name) if name in ("best", "latest") else root / name
+    if found is None and name == "best" and (found := newest(root)) is not None:
+        log.warning("no step was the best (no validation metric was defined): the newest checkpoint is evaluated")
+    if found is None or not found.is_dir():
+        known = ", ".join(["best", "latest", *sorted(path.name for path in root.glob("step_*"))])
+        raise UserError(
+            f"there is no checkpoint {name!r}", file=folder.root, fix=f"train first, or choose from {known}"
+        )
+    return found
+
+
+def open_evaluation(config: Config, folder: RunFolder, runtime: Runtime, checkpoint: Path) -> Evaluation:
+    """The network with a checkpoint's weights (the averaged ones, where it has them) on its data."""
+    pipeline = open_pipeline(config, runtime)
+    saved = load_checkpoint(checkpoint)
+    network = build_network(config, pipeline.image_hw, pretrained=False)
+    network.load_state_dict(evaluated_weights(saved))
+    log.info("evaluating %s (epoch %d, step %d)", checkpoint, saved.state.epoch, saved.state.step)
+    return Evaluation(pipeline, folder, network.to(runtime.device))
+
+
+def evaluated_weights(saved: Checkpoint) -> dict[str, Any]:
+    """The weights to use: the averaged ones where there are any."""
+    if saved.ema is None:
+        return saved.model
+    prefix = "module."  # of torch's AveragedModel
+    return {key.removeprefix(prefix): value for key, value in saved.ema.items() if key.startswith(prefix)}
+
+
+def _predict(evaluation: Evaluation, split: str) -> list[Prediction]:
+    rows = evaluation.pipeline.manifest.rows(split)
+    if len(rows) == 0:
+        fix = "choose another split, or pack again with images in it"
+        raise UserError(f"split {split} has no images", file=evaluation.pipeline.manifest.directory, fix=fix)
+    return predict(evaluation.pipeline, evaluation.network, evaluation.network.scales, rows)
+
+
+def localise(evaluation: Evaluation, split: str) -> dict[str, Any]:
+    """How often the peak of each map lies in a box, over the split's images that have one."""
+    pipeline, network = evaluation.pipeline, evaluation.network
+    manifest, runtime = pipeline.manifest, pipeline.runtime
+    rows_N = rows_with_boxes(pipeline, split)
+    span = evaluation_span(len(rows_N), runtime.world, runtime.rank)
+    rows_M = rows_N[span.start : span.stop]
+    hits = PeakHits(pipeline.labels, map_names(network.scales, instance=network.deep_supervision))
+    what = "locating"
+    for batch, bag, output in forward_batches(
+        pipeline, network, rows_M, instance_logits=network.deep_supervision, what=what
+    ):
+        breast_BHW = breast_masks(batch.image_B1HW).to(runtime.device)
+        boxes = [manifest.record(int(row)).boxes for row in batch.sample_B]
+        hits.add(maps(output, bag, breast_BHW).named(), breast_BHW, boxes)
+    hits.count_KM3 = np.sum(runtime.gather(hits.count_KM3), axis=0)
+    return hits.results()
+
+
+def rows_with_boxes(pipeline: Pipeline, split: str) -> np.ndarray:
+    """Rows of a split with a box of a label that is learned."""
+    manifest = pipeline.manifest
+    known = set(pipeline.labels)
+    rows = [int(r) for r in manifest.rows(split) if any(box.label in known for box in manifest.record(int(r)).boxes)]
+    return np.array(rows, np.int64)
+
+
+def _write(
+    evaluation: Evaluation, split: str, predictions: dict[str, list[Prediction]], results: dict[str, Any]
+) -> None:
+    folder, pipeline = evaluation.folder, evaluation.pipeline
+    for part in (folder.predictions, folder.metrics, folder.figures):
+        part.mkdir(parents=True, exist_ok=True)
+    for name, rows in predictions.items():
+        write_predictions(folder.predictions / f"{name}.csv", rows, pipeline.labels, evaluation.network.scales)
+    text = json.dumps(results, indent=2, allow_nan=False)
+    write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
+    log.info("%s", results_table(results, results["localisation"]))

@@ -1,0 +1,142 @@
+"""What is minimised: binary cross-entropy per label over the aggregated head, the scales' heads and top instances.
+
+Legend: N images of a data set, B bags, S scales, I instances of one scale, K labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from msmil.config import LossConfig
+from msmil.types import BagOutput
+from shards.types import UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """A loss and what it is made of. Each is this micro-batch's share: sums over micro-batches and ranks are means.
+
+    total: scalar to differentiate, aggregated + sum of per_scale + instance_weight * instance.
+    aggregated: scalar. per_scale: {stride: scalar}, empty without deep supervision.
+    instance: scalar before its weight, None where it is off. per_label_K: total by label.
+    """
+
+    total: Tensor
+    aggregated: Tensor
+    per_scale: dict[int, Tensor]
+    instance: Tensor | None
+    per_label_K: Tensor
+
+
+class BagLoss(nn.Module):
+    """L = BCE(logit) + sum_s BCE(scale_logit_s) + instance_weight * sum_s A_s  (FPN-MIL: L_ms + sum_s L_s).
+
+    Each BCE is a sum over known labels divided by `global_count`: padded samples and unknown labels add exactly 0,
+    to the gradient too. A_s is the auxiliary loss on instances: the BCE of the mean instance logit over the top
+    share of positions, averaged over the configured shares. Computed in at least fp32.
+
+    Args:
+        config: the loss section.
+        pos_weight_K: factor of the positive term, one per label.
+    """
+
+    pos_weight_K: Tensor
+
+    def __init__(self, config: LossConfig, pos_weight_K: np.ndarray | Tensor | Sequence[float]) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("pos_weight_K", torch.as_tensor(pos_weight_K, dtype=torch.float32), persistent=False)
+
+    def forward(self, output: BagOutput, label_BK: Tensor, weight_B: Tensor, *, global_count: float) -> LossParts:
+        """The loss of a micro-batch.
+
+        Args:
+            output: the model's.
+            label_BK: 1, 0 or -1 (unknown).
+            weight_B: weight of each sample; 0 marks padding.
+            global_count: images of the global batch x labels.
+        """
+        weight_BK = weight_B[:, None] * (label_BK != UNKNOWN) / global_count
+
+        def bce(logit_BK: Tensor) -> Tensor:
+            return self._bce(logit_BK, label_BK, weight_BK)
+
+        aggregated_K = bce(output.logit_BK)
+        total_K = aggregated_K
+        per_scale: dict[int, Tensor] = {}
+        if output.scale_logit_SBK is not None:
+            assert output.attention is not None, "the strides of the scales are the keys of the attention"
+            for scale, logit_BK in zip(output.attention, output.scale_logit_SBK, strict=True):
+                scale_K = bce(logit_BK)
+                per_scale[scale] = scale_K.detach().sum()
+                total_K = total_K + scale_K
+        instance_K = None
+        if self.config.instance_weight > 0:
+            assert output.instance_logit is not None, "call the model with instance_logits=True"
+            fractions = self.config.instance_top_fractions
+            instance_K = torch.stack(
+                [
+                    bce(top_mean(logit_BKI, fraction)) / len(fractions)
+                    for logit_BKI in output.instance_logit.values()
+                    for fraction in fractions
+                ]
+            ).sum(0)
+            total_K = total_K + self.config.instance_weight * instance_K
+        return LossParts(
+            total=total_K.sum(),
+            aggregated=aggregated_K.detach().sum(),
+            per_scale=per_scale,
+            instance=None if instance_K is None else instance_K.detach().sum(),
+            per_label_K=total_K.detach(),
+        )
+
+    def _bce(self, logit_BK: Tensor, label_BK: Tensor, weight_BK: Tensor) -> Tensor:
+        """Weighted sum over the bags, per label. What has no weight is replaced first: 0 times NaN would be NaN."""
+        dtype = torch.promote_types(logit_BK.dtype, torch.float32)
+        counts_BK = weight_BK > 0
+        logit_BK = torch.where(counts_BK, logit_BK.to(dtype), 0.0)
+        target_BK = torch.where(counts_BK, label_BK.to(dtype), 0.0)
+        loss_BK = functional.binary_cross_entropy_with_logits(
+            logit_BK, target_BK, pos_weight=self.pos_weight_K.to(dtype), reduction="none"
+        )
+        return (loss_BK * weight_BK).sum(0)
+
+
+def top_mean(logit_BKI: Tensor, fraction: float) -> Tensor:
+    """Mean of the largest `fraction` of the real instances' logits (at least one): [B, K]. Padding is -inf."""
+    real_BKI = ~torch.isneginf(logit_BKI)
+    most = max(1, round(fraction * logit_BKI.shape[-1]))
+    top_BKT = logit_BKI.topk(most, dim=-1).values
+    count_BK1 = (fraction * real_BKI.sum(-1, keepdim=True).double()).round().clamp(min=1).long()
+    taken_BKT = torch.arange(most, device=logit_BKI.device) < count_BK1
+    return torch.where(taken_BKT, top_BKT, 0.0).sum(-1) / count_BK1.squeeze(-1)
+
+
+def auto_pos_weight(label_NK: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """negatives / positives per label over its known values, and warnings for the user.
+
+    Args:
+        label_NK: 1, 0 or -1 (unknown).
+        labels: names, for the warnings.
+
+    Returns:
+        weight_K (float64), and one text for each label that lacks positives or negatives: its weight is 1.
+    """
+    positives_K, negatives_K = (label_NK == 1).sum(0), (label_NK == 0).sum(0)
+    weights, warnings = [], []
+    for name, positives, negatives in zip(labels, positives_K.tolist(), negatives_K.tolist(), strict=True):
+        if positives and negatives:
+            weights.append(negatives / positives)
+            continue
+        weights.append(1.0)
+        missing = "positives" if not positives else "negatives"
+        warnings.append(
+            f"label {name} has no {missing} among its {positives + negatives} known training images: pos_weight 1"
+        )
+    return np.asarray(weights), warnings

@@ -1,0 +1,65 @@
+"""Everything that can be checked before anything starts; the same checks in the parent and in every rank."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from msmil.config import Config
+from msmil.engine.pipeline import build_network, open_data
+from msmil.engine.run_folder import RunFolder
+from msmil.engine.runtime import refuse_environment
+from shards.errors import UserError
+from shards.manifest import Manifest
+from shards.plan import EpochPlan, rank_slice
+
+_COPIES = 3  # weights and Adam's two moments
+
+
+def check_experiment(config: Config, world: int) -> Manifest:
+    """Check a configuration against this machine, its data and its run folder, for `world` ranks.
+
+    Raises:
+        UserError: what is wrong, before a process starts or a file is written.
+    """
+    refuse_environment(config.train)
+    manifest = open_data(config)
+    rank_slice(config.train.batch_size, world, 0, config.train.accumulation)
+    check_splits(config, manifest)
+    with torch.device("meta"):
+        network = build_network(config, (manifest.height_px, manifest.width_px), pretrained=False)
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    folder.check(config)
+    _check_space(config, folder, sum(p.numel() * p.element_size() for p in network.parameters()))
+    return manifest
+
+
+def check_splits(config: Config, manifest: Manifest) -> None:
+    """Refuse data sets without a whole global batch to train on, or without validation images."""
+    rows_M = manifest.rows("train")
+    EpochPlan(
+        rows_M=rows_M,
+        shard_M=manifest.shard_N()[rows_M],
+        seed=config.seed,
+        epoch=0,
+        batch_size=config.train.batch_size,
+        last_batch=config.data.last_batch,
+        block_shards=config.data.shuffle_block_shards,
+    )
+    if len(manifest.rows("val")) == 0:
+        fix = "pack again with --validation-fraction or --validation-fold"
+        raise UserError("there are no validation images", file=manifest.directory, fix=fix)
+
+
+def _check_space(config: Config, folder: RunFolder, parameter_bytes: int) -> None:
+    nearest = folder.root
+    while not nearest.exists():
+        nearest = nearest.parent
+    copies = _COPIES + (1 if config.train.ema_decay else 0)
+    needed = parameter_bytes * copies * (config.checkpoint.keep_last + 2)  # the best one, and the one being written
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        thing = f"the checkpoints of this run need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise UserError(thing, file=nearest, fix="free space, lower checkpoint.keep_last or choose another output_dir")

@@ -1,0 +1,164 @@
+"""Opening a run: the folder, the data, the network, the loss, and the newest checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from msmil.config import Config
+from msmil.config_io import dump_config
+from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest
+from msmil.engine.losses import BagLoss, auto_pos_weight
+from msmil.engine.optim import build_ema
+from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline
+from msmil.engine.run_folder import RunFolder
+from msmil.engine.runtime import Runtime
+from msmil.engine.seeding import seed_everything
+from msmil.engine.step import Schedule, Stepper
+from msmil.engine.tracking import Tracker, log, open_log
+from msmil.models.backbone import freeze_statistics, set_gradient_checkpointing
+from msmil.models.mil import MILModel
+from msmil.types import TrainState
+from shards.errors import UserError
+from shards.plan import EpochPlan
+
+
+@dataclass
+class Run:
+    """The moving parts of a run in this process."""
+
+    pipeline: Pipeline
+    folder: RunFolder
+    network: MILModel
+    ema: AveragedModel | None
+    loss: BagLoss
+    schedule: Schedule
+    state: TrainState
+    moments: dict[str, Tensor]
+    loss_scale: dict[str, Any] | None
+    tracker: Tracker | None
+    stepper: Stepper | None = None
+
+
+def open_run(config: Config, runtime: Runtime) -> Run:
+    """Build everything, and load the newest checkpoint."""
+    folder = RunFolder(f"{config.output_dir}/{config.name}")
+    folder.check(config)
+    pipeline = open_pipeline(config, runtime)
+    runtime.barrier()  # nobody writes before all have checked
+    if runtime.is_main:
+        folder.open(config)
+    open_log(folder.log if runtime.is_main else None)
+    schedule = make_schedule(pipeline)
+    network = make_network(pipeline, pretrained=newest(folder.checkpoints) is None)
+    ema = build_ema(network, config.train.ema_decay)
+    run = Run(pipeline, folder, network, ema, make_loss(pipeline), schedule, fresh_state(pipeline), {}, None, None)
+    resume(run)
+    if config.train.compile:
+        network.compile()
+    if runtime.is_main:
+        run.tracker = Tracker(folder.tensorboard, start_step=run.state.step, total_steps=schedule.total_steps)
+        run.tracker.text("configuration", dump_config(config))
+        run.tracker.open_progress()
+    return run
+
+
+def make_network(pipeline: Pipeline, *, pretrained: bool) -> MILModel:
+    """The network as it trains: on the device, with the memory format and the statistics of the configuration."""
+    config, runtime = pipeline.config, pipeline.runtime
+    seed_everything(config.seed)
+    network = build_network(config, pipeline.image_hw, pretrained=pretrained)
+    if config.train.batch_norm == "frozen":
+        freeze_statistics(network)
+    if config.train.batch_norm == "sync":
+        network.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(network.backbone)
+    if config.train.gradient_checkpointing:
+        set_gradient_checkpointing(network)
+    memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    return network.to(device=runtime.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def make_schedule(pipeline: Pipeline) -> Schedule:
+    """Lengths of the run in steps."""
+    config = pipeline.config
+    steps = epoch_plan(pipeline, 0).num_batches
+    total = steps * config.train.epochs
+    return Schedule(
+        steps_per_epoch=steps,
+        total_steps=total,
+        warmup_steps=round(steps * config.optim.warmup_epochs),
+        uniform_steps=total * config.loss.uniform_attention_share,
+    )
+
+
+def epoch_plan(pipeline: Pipeline, epoch: int) -> EpochPlan:
+    """The order of the training images in an epoch."""
+    manifest, config = pipeline.manifest, pipeline.config
+    rows_M = manifest.rows("train")
+    return EpochPlan(
+        rows_M=rows_M,
+        shard_M=manifest.shard_N()[rows_M],
+        seed=config.seed,
+        epoch=epoch,
+        batch_size=config.train.batch_size,
+        last_batch=config.data.last_batch,
+        block_shards=config.data.shuffle_block_shards,
+    )
+
+
+def make_loss(pipeline: Pipeline) -> BagLoss:
+    """The loss with its pos_weight, from the training images where the configuration says auto."""
+    config, labels = pipeline.config, pipeline.labels
+    chosen = config.loss.pos_weight
+    if chosen == "auto":
+        label_NK = known_labels(pipeline.manifest, pipeline.manifest.rows("train"), labels)
+        weight_K, warnings = auto_pos_weight(label_NK, labels)
+        for warning in warnings if pipeline.runtime.is_main else ():
+            log.warning(warning)
+    else:
+        weight_K = np.ones(len(labels)) if chosen == "none" else np.asarray(chosen)
+    text = ", ".join(f"{label} {weight:.4g}" for label, weight in zip(labels, weight_K, strict=True))
+    log.info("pos_weight: %s", text)
+    return BagLoss(config.loss, weight_K).to(pipeline.runtime.device)
+
+
+def fresh_state(pipeline: Pipeline) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=0,
+        epoch=0,
+        batches_done=0,
+        samples_seen=0,
+        best_metric=None,
+        best_step=None,
+        data_fingerprint=pipeline.manifest.fingerprint,
+    )
+
+
+def resume(run: Run) -> None:
+    """Load the newest checkpoint, if there is one."""
+    folder = newest(run.folder.checkpoints)
+    if folder is None:
+        return
+    checkpoint = load_checkpoint(folder)
+    check_data(checkpoint, run.pipeline)
+    run.network.load_state_dict(checkpoint.model)
+    if run.ema is not None:
+        if checkpoint.ema is None:
+            raise UserError("holds no averaged weights", file=folder, fix="set train.ema_decay: 0")
+        run.ema.load_state_dict(checkpoint.ema)
+    run.moments, run.loss_scale, run.state = checkpoint.optimizer, checkpoint.loss_scale, checkpoint.state
+    log.info("resuming from %s (epoch %d, step %d)", folder, run.state.epoch, run.state.step)
+
+
+def check_data(checkpoint: Checkpoint, pipeline: Pipeline) -> None:
+    """Refuse to go on with other images than those the checkpoint was trained on."""
+    before, now = checkpoint.state.data_fingerprint, pipeline.manifest.fingerprint
+    if before != now:
+        thing = f"was trained on data with fingerprint {before[:12]}, {pipeline.manifest.directory} has {now[:12]}"
+        raise UserError(thing, file=checkpoint.folder, fix="give the shards it was trained on, or another run name")

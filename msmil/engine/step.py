@@ -1,0 +1,180 @@
+"""One optimizer step: micro-steps of forward and backward, clipping, update, moving statistics, averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from msmil.engine.losses import BagLoss, LossParts
+from msmil.engine.optim import (
+    build_optimizer,
+    learning_rate_factor,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from msmil.engine.pipeline import Pipeline, to_device
+from msmil.engine.seeding import seed_micro_step
+from msmil.engine.tracking import PhaseTimer
+from msmil.models.backbone import set_trainable
+from msmil.models.mil import MILModel
+from shards.errors import UserError
+from shards.types import Batch
+
+Blocks = Literal["all"] | int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, the same on all ranks."""
+
+    losses: dict[str, float]
+    gradient_norm: float
+    skipped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Lengths of a run in optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    uniform_steps: float
+
+    def uniform_mix(self, step: int) -> float:
+        """Share of uniform attention at a step: 1 -> 0 over the first uniform_steps."""
+        return max(0.0, 1.0 - step / self.uniform_steps) if self.uniform_steps > 0 else 0.0
+
+
+class Stepper:
+    """Trains one set of parameters; when another set trains, a new Stepper takes over through `tensors`."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        module: MILModel,
+        *,
+        loss: BagLoss,
+        schedule: Schedule,
+        ema: AveragedModel | None,
+        blocks: Blocks,
+        moments: dict[str, Tensor],
+    ) -> None:
+        self.pipeline, self.module, self.loss, self.schedule, self.ema = pipeline, module, loss, schedule, ema
+        self.blocks = blocks
+        set_trainable(module, blocks)
+        bare = build_optimizer(module, pipeline.config.optim)
+        load_optimizer_tensors(module, bare, moments)
+        self._bare_optimizer = bare
+        self._prepared, self._optimizer = pipeline.runtime.prepare(module, bare)
+        self._moved = _moving_statistics(module) if pipeline.config.train.batch_norm == "train" and blocks else []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Adam's moments by parameter name."""
+        return optimizer_tensors(self.module, self._bare_optimizer)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of each group in the step that was done last."""
+        return {group["name"]: group["lr"] for group in self._bare_optimizer.param_groups}
+
+    def release(self) -> None:
+        """Give the bare module back."""
+        self.pipeline.runtime.release(self._prepared)
+
+    def __call__(self, batches: Iterator[Batch], *, epoch: int, step: int, timer: PhaseTimer) -> StepReport:
+        """Do optimizer step number `step` (0-based) on the next `accumulation` micro-batches.
+
+        Raises:
+            UserError: the loss or the gradient is not finite; no parameter was changed.
+        """
+        config, runtime = self.pipeline.config, self.pipeline.runtime
+        factor = learning_rate_factor(
+            step, total_steps=self.schedule.total_steps, warmup_steps=self.schedule.warmup_steps
+        )
+        set_learning_rate(self._bare_optimizer, factor)
+        self.module.train()
+        rows: list[int] = []
+        shares: list[Tensor] = []
+        for micro in range(config.train.accumulation):
+            batch = next(batches)
+            timer.mark("wait")
+            rows += batch.sample_B.tolist()
+            last = micro == config.train.accumulation - 1
+            with runtime.accumulate(self._prepared, last=last):
+                parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
+                timer.mark("forward")
+                runtime.backward(parts.total)
+                timer.mark("backward")
+            shares.append(_as_vector(parts))
+        losses = self._reduce(parts, torch.stack(shares).sum(0))
+        norm = runtime.clip_gradients(self._prepared, config.optim.clip_grad_norm)
+        self._refuse_non_finite(losses["total"], float(norm), rows)
+        self._update()
+        timer.mark("optimizer")
+        return StepReport(losses=losses, gradient_norm=float(norm), skipped=bool(self._optimizer.step_was_skipped))
+
+    def _forward(self, batch: Batch, *, epoch: int, step: int, micro: int) -> LossParts:
+        config, device = self.pipeline.config, self.pipeline.runtime.device
+        image_B1HW = to_device(batch.image_B1HW, device)
+        bag = self.pipeline.bags(image_B1HW, augment=(epoch, batch.sample_B))
+        seed_micro_step(config.seed, step, micro, self.pipeline.runtime.rank)
+        output = self._prepared(
+            bag.tiles_BNCPP,
+            uniform_mix=self.schedule.uniform_mix(step),
+            instance_logits=config.loss.instance_weight > 0,
+        )
+        parts: LossParts = self.loss(
+            output,
+            to_device(batch.label_BK, device),
+            to_device(batch.weight_B, device),
+            global_count=config.train.batch_size * len(self.pipeline.labels),
+        )
+        return parts
+
+    def _reduce(self, parts: LossParts, share: Tensor) -> dict[str, float]:
+        values = self.pipeline.runtime.sum(share).tolist()
+        return dict(zip(_names(parts, self.pipeline.labels), values, strict=True))
+
+    def _refuse_non_finite(self, loss: float, norm: float, rows: list[int]) -> None:
+        """fp16 scales gradients and skips the steps in which they overflow; a loss has to be finite always."""
+        config, manifest = self.pipeline.config, self.pipeline.manifest
+        finite = torch.tensor([loss] if config.train.precision == "fp16" else [loss, norm]).isfinite()
+        if finite.all():
+            return
+        every = sorted({row for part in self.pipeline.runtime.gather(rows) for row in part})
+        images = ", ".join(manifest.record(row).key for row in every)
+        what = "loss" if not finite[0] else "gradient"
+        fix = "look at these images, lower optim.lr, set optim.clip_grad_norm, or train in fp32"
+        raise UserError(f"the {what} is not finite; the batch held the samples {images}", fix=fix)
+
+    def _update(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._moved:
+            self.pipeline.runtime.average(self._moved)
+        if self.ema is not None:
+            self.ema.update_parameters(self.module)
+
+
+def _names(parts: LossParts, labels: tuple[str, ...]) -> list[str]:
+    names = ["total", "aggregated", *(f"label/{label}" for label in labels)]
+    names += [f"scale/{scale}" for scale in parts.per_scale]
+    return [*names, "instance"] if parts.instance is not None else names
+
+
+def _as_vector(parts: LossParts) -> Tensor:
+    values = [parts.total, parts.aggregated, *parts.per_label_K, *parts.per_scale.values()]
+    if parts.instance is not None:
+        values.append(parts.instance)
+    return torch.stack([value.detach().float() for value in values])
+
+
+def _moving_statistics(module: nn.Module) -> list[Tensor]:
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [s for m in norms for s in (m.running_mean, m.running_var) if s is not None]

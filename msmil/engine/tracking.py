@@ -1,0 +1,110 @@
+"""What a person watches while it trains: TensorBoard, the log, the progress lines. Rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from shards.progress import Progress, progress
+
+log = logging.getLogger("msmil")
+
+PHASES: Final = ("wait", "forward", "backward", "optimizer")
+
+
+def open_log(file: Path | None, *, quiet: bool = False) -> None:
+    """Send the log to stderr and, on rank 0, to log.txt. Other ranks (file None) log errors alone."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if file is not None else logging.ERROR)
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.addHandler(console)
+    if file is not None:
+        handler = logging.FileHandler(file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+
+
+class PhaseTimer:
+    """Seconds of each phase of a step. The device is waited for only in steps whose times are shown."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self._synchronize = synchronize
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._exact = False
+        self._last = time.perf_counter()
+
+    def start(self, *, exact: bool) -> None:
+        """Begin a step."""
+        self._exact = exact
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._tick()
+
+    def mark(self, phase: str) -> None:
+        """Count the time since the last mark to a phase."""
+        last = self._last
+        self._tick()
+        self.seconds[phase] += self._last - last
+
+    def _tick(self) -> None:
+        if self._exact:
+            self._synchronize()
+        self._last = time.perf_counter()
+
+
+class Tracker:
+    """Writes scalars, text and the log of one run; continues its curves from a step without overlap."""
+
+    def __init__(self, folder: Path, *, start_step: int, total_steps: int) -> None:
+        # events of steps that are trained again are dropped, so that a resumed curve does not overlap
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+        self._start_step = start_step
+        self._total_steps = total_steps
+        self._stack = ExitStack()
+        self._bar: Progress | None = None
+
+    def open_progress(self) -> None:
+        """Show the progress over all steps of the run."""
+        if sys.stderr.isatty():
+            self._stack.enter_context(logging_redirect_tqdm([log]))
+        context: AbstractContextManager[Progress] = progress(self._total_steps, "training", "steps")
+        self._bar = self._stack.enter_context(context)
+        self._bar.update(self._start_step)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def text(self, name: str, text: str) -> None:
+        """A text, such as the configuration."""
+        self._writer.add_text(name, f"```\n{text}\n```", 0)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Scalars of one step (1-based: the number of finished steps)."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and end."""
+        self._stack.close()
+        self._writer.close()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory: of the GPU since the start, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

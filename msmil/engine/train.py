@@ -1,0 +1,218 @@
+"""Training, from top to bottom: open, resume, then epochs of steps, each epoch validated and saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+
+from msmil.config import Config
+from msmil.config_io import dump_config
+from msmil.engine.checkpoint import point, prune, save_checkpoint
+from msmil.engine.predict import predict
+from msmil.engine.run import Run, open_run
+from msmil.engine.runtime import Runtime
+from msmil.engine.step import Blocks, Stepper, StepReport
+from msmil.engine.tracking import PhaseTimer, log, memory_bytes
+from msmil.evaluation.classification import Threshold, rank, scores
+from msmil.types import Prediction, TrainState
+from shards.stream import train_stream
+from shards.types import Batch
+
+_NO_THRESHOLD: Final = Threshold(None, "ranking metrics need none")
+
+
+def train(config: Config, runtime: Runtime) -> TrainState:
+    """Train until the last epoch, going on from the newest checkpoint of the run folder if there is one.
+
+    Raises:
+        UserError: the configuration, the data or the folder do not allow it; a loss that is not finite.
+    """
+    run = open_run(config, runtime)
+    try:
+        for epoch in range(run.state.epoch, config.train.epochs):
+            run.stepper = stepper_of_epoch(run, epoch)
+            train_epoch(run, epoch)
+            due = (epoch + 1) % config.evaluate.every_epochs == 0 or epoch + 1 == config.train.epochs
+            if due:
+                validate(run)
+            save(run)
+    finally:
+        if run.tracker is not None:
+            run.tracker.close()
+    return run.state
+
+
+def blocks_of_epoch(config: Config, epoch: int) -> Blocks:
+    """How many of the backbone's blocks train in an epoch: none while the heads warm up or it is frozen."""
+    if config.train.encoder == "frozen" or epoch < config.train.head_warmup_epochs:
+        return 0
+    return config.train.trainable_blocks
+
+
+def stepper_of_epoch(run: Run, epoch: int) -> Stepper:
+    """The stepper of an epoch: the one before, or a new one when another set of parameters trains."""
+    blocks = blocks_of_epoch(run.pipeline.config, epoch)
+    before = run.stepper
+    if before is not None and before.blocks == blocks:
+        return before
+    if before is not None:
+        run.moments, run.loss_scale = before.tensors(), run.pipeline.runtime.loss_scale
+        before.release()
+    stepper = Stepper(
+        run.pipeline,
+        run.network,
+        loss=run.loss,
+        schedule=run.schedule,
+        ema=run.ema,
+        blocks=blocks,
+        moments=run.moments,
+    )
+    run.pipeline.runtime.load_loss_scale(run.loss_scale)
+    trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
+    log.info("epoch %d: %s of the backbone's blocks train, %.3f M parameters in all", epoch, blocks, trained / 1e6)
+    run.moments = {}
+    return stepper
+
+
+def train_epoch(run: Run, epoch: int) -> None:
+    """The steps of an epoch that are not done yet."""
+    config = run.pipeline.config
+    assert run.stepper is not None
+    micro_batches = open_stream(run, epoch)
+    timer = PhaseTimer(run.pipeline.runtime.synchronize)
+    start_s, losses = time.perf_counter(), []
+    shown_s, shown_step = start_s, run.state.step
+    for batch_index in range(run.state.batches_done, run.schedule.steps_per_epoch):
+        step = run.state.step
+        shown = (step + 1) % config.tracking.every_steps == 0
+        timer.start(exact=shown)
+        report = run.stepper(micro_batches, epoch=epoch, step=step, timer=timer)
+        run.state = after_step(run.state, epoch, batch_index, config.train.batch_size)
+        losses.append(report.losses["total"])
+        if run.tracker is not None:
+            run.tracker.advance()
+            if shown:
+                elapsed_s, done = time.perf_counter() - shown_s, run.state.step - shown_step
+                track_step(run, report, timer, done * config.train.batch_size / elapsed_s)
+                shown_s, shown_step = time.perf_counter(), run.state.step
+        if config.checkpoint.every_steps and run.state.step % config.checkpoint.every_steps == 0:
+            save(run)
+    run.state = replace(run.state, epoch=epoch + 1, batches_done=0)
+    if losses:
+        speed = len(losses) * config.train.batch_size / (time.perf_counter() - start_s)
+        mean = sum(losses) / len(losses)
+        log.info("epoch %d of %d: loss %.4f, %.1f images/s", epoch + 1, config.train.epochs, mean, speed)
+
+
+def after_step(state: TrainState, epoch: int, batch_index: int, batch_size: int) -> TrainState:
+    """The state once a step is done."""
+    return replace(
+        state,
+        step=state.step + 1,
+        epoch=epoch,
+        batches_done=batch_index + 1,
+        samples_seen=state.samples_seen + batch_size,
+    )
+
+
+def open_stream(run: Run, epoch: int) -> Iterator[Batch]:
+    """This rank's micro-batches of an epoch, from where the state stands."""
+    config, runtime = run.pipeline.config, run.pipeline.runtime
+    return iter(
+        train_stream(
+            run.pipeline.manifest,
+            labels=run.pipeline.labels,
+            seed=config.seed,
+            epoch=epoch,
+            batch_size=config.train.batch_size,
+            accumulation=config.train.accumulation,
+            world=runtime.world,
+            rank=runtime.rank,
+            start_batch=run.state.batches_done,
+            last_batch=config.data.last_batch,
+            block_shards=config.data.shuffle_block_shards,
+            workers=config.data.workers,
+            prefetch_batches=config.data.prefetch_batches,
+            pin_memory=runtime.device.type == "cuda",
+        )
+    )
+
+
+def track_step(run: Run, report: StepReport, timer: PhaseTimer, images_per_s: float) -> None:
+    """Write the scalars of a step."""
+    assert run.tracker is not None
+    assert run.stepper is not None
+    values = {f"train/loss/{name}": value for name, value in report.losses.items()}
+    values |= {f"train/lr/{name}": rate for name, rate in run.stepper.learning_rates().items()}
+    values |= {f"train/seconds/{phase}": seconds for phase, seconds in timer.seconds.items()}
+    values["train/seconds/step"] = sum(timer.seconds.values())
+    values["train/gradient_norm"] = report.gradient_norm
+    values["train/images_per_s"] = images_per_s
+    values["train/memory_gb"] = memory_bytes(run.pipeline.runtime.device) / 1e9
+    run.tracker.scalars(values, run.state.step)
+
+
+def validate(run: Run) -> None:
+    """Predict the validation images, track the metrics, and remember whether this step is the best so far.
+
+    The metric is the mean of the labels' AUROC; a label without positives or negatives has none and is left out.
+    """
+    rows = run.pipeline.manifest.rows("val")
+    module = run.network if run.ema is None else run.ema.module
+    predictions = predict(run.pipeline, module, run.network.scales, rows)
+    values = validation_scalars(predictions, run.pipeline.labels, run.network.scales)
+    aurocs = [values[key] for label in run.pipeline.labels if (key := f"val/auroc/{label}") in values]
+    metric = sum(aurocs) / len(aurocs) if aurocs else None
+    if metric is not None:
+        values["val/auroc/mean"] = metric
+    best = run.state.best_metric
+    if metric is not None and (best is None or metric > best):
+        run.state = replace(run.state, best_metric=metric, best_step=run.state.step)
+    if run.tracker is not None:
+        run.tracker.scalars(values, run.state.step)
+    text = ", ".join(f"{label} {values.get(f'val/auroc/{label}', float('nan')):.3f}" for label in run.pipeline.labels)
+    log.info("validation AUROC: %s%s", text, " (best so far)" if run.state.best_step == run.state.step else "")
+
+
+def validation_scalars(
+    predictions: list[Prediction], labels: tuple[str, ...], scales: tuple[int, ...]
+) -> dict[str, float]:
+    """AUROC and average precision per label, aggregated and per scale; what is undefined is absent."""
+    values: dict[str, float] = {}
+    for label in labels:
+        target = np.array([p.target[label] for p in predictions])
+        columns = {label: [p.probability[label] for p in predictions]}
+        for scale in scales if predictions and predictions[0].scale_probability else ():
+            columns[f"{label}/scale_{scale}"] = [p.scale_probability[scale, label] for p in predictions]
+        for name, probability in columns.items():
+            found = scores(rank(target, np.asarray(probability)), _NO_THRESHOLD).value
+            for metric in ("auroc", "average_precision"):
+                if (value := found[metric]) is not None:
+                    values[f"val/{metric}/{name}"] = value
+    return values
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint on rank 0; when that fails, all ranks stop with its word."""
+    run.pipeline.runtime.on_main(lambda: _save(run))
+
+
+def _save(run: Run) -> None:
+    assert run.stepper is not None
+    root = run.folder.checkpoints
+    folder = save_checkpoint(
+        root,
+        model=run.network.state_dict(),
+        optimizer=run.stepper.tensors(),
+        ema=None if run.ema is None else run.ema.state_dict(),
+        state=run.state,
+        loss_scale=run.pipeline.runtime.loss_scale,
+        config_yaml=dump_config(run.pipeline.config),
+    )
+    if run.state.best_step == run.state.step:
+        point(root, "best", folder.name)
+    prune(root, run.pipeline.config.checkpoint.keep_last)

@@ -1,0 +1,1 @@
+"""Predictions, classification metrics, their intervals and the results of a run."""

@@ -1,0 +1,1 @@
+"""The network: backbone, feature pyramid, MIL per scale, attention over scales."""

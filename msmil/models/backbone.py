@@ -1,0 +1,292 @@
+"""A timm model as backbone, used by its feature contract.
+
+Legend: M images or tiles, C channels, H W pixels, D channels of a map, h w its size.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol, Self
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from shards.errors import UserError
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_NOT_BLOCKS = ("stem", "patch_embed", "downsample")  # timm's names of what lies before and between blocks
+
+
+class Backbone(nn.Module):
+    """Images -> one feature map per stride, finest first.
+
+    net: the timm model; its parameters keep timm's names under `net.`.
+    strides, channels: of the maps, by timm's `feature_info`, checked against the shapes the model really returns.
+
+    What does not train runs in eval mode, whatever `train()` asks for; a backbone that does not train at all
+    records no graph either. See `set_trainable` and `freeze_statistics`.
+    """
+
+    def __init__(self, net: nn.Module, *, name: str, in_channels: int, tile_hw: tuple[int, int]) -> None:
+        super().__init__()
+        info: Any = net.feature_info
+        self.net = net
+        self.name = name
+        self.strides: tuple[int, ...] = tuple(info.reduction())
+        self.channels: tuple[int, ...] = tuple(info.channels())
+        self.frozen_statistics = False
+        self._channels_last_output = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+        self._used = self._check_contract(in_channels, tile_hw)
+        set_trainable_parameters(self, "all")
+
+    def forward(self, image_MCHW: Tensor) -> list[Tensor]:
+        """Maps [M, D, H / stride, W / stride], one per stride."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
+            return self._maps(self.net(image_MCHW))
+
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter asks for a gradient."""
+        return any(p.requires_grad for p in self.net.parameters())
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for what trains; frozen modules, and frozen statistics, stay in eval mode."""
+        super().train(mode)
+        for module in self.net.modules():
+            parameters = list(module.parameters())
+            frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+            if frozen or (self.frozen_statistics and isinstance(module, _BatchNorm)):
+                module.eval()
+        return self
+
+    def used_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) in forward order of those that the wanted maps depend on."""
+        return [(name, p) for name, p in self.net.named_parameters() if name in self._used]
+
+    def _maps(self, features: Sequence[Tensor]) -> list[Tensor]:
+        if self._channels_last_output:
+            return [f.permute(0, 3, 1, 2) for f in features]
+        return list(features)
+
+    def _check_contract(self, in_channels: int, tile_hw: tuple[int, int]) -> frozenset[str]:
+        """Run the model on the meta device (shapes, no numbers) and return the names of the parameters in use."""
+        height, width = tile_hw
+        parameters = {n: p.detach().to("meta").requires_grad_() for n, p in self.net.named_parameters()}
+        buffers = {n: b.to("meta") for n, b in self.net.named_buffers()}
+        image = torch.empty(1, in_channels, height, width, device="meta")
+        self.net.eval()
+        try:
+            maps = self._maps(functional_call(self.net, {**parameters, **buffers}, (image,)))
+        except (AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"model.backbone {self.name!r} cannot take {in_channels} x {height} x {width} pixels: {_first(error)}",
+                fix="choose a convolutional backbone, or name the size in model.backbone_options, "
+                f"for example img_size: [{height}, {width}]",
+            ) from error
+        self.net.train()
+        found = [tuple(m.shape[1:]) for m in maps]
+        promised = [(d, height // s, width // s) for d, s in zip(self.channels, self.strides, strict=True)]
+        if found != promised:
+            raise UserError(
+                f"model.backbone {self.name!r} returns maps {found} where its strides promise {promised}",
+                fix="choose another backbone, or an image size that is a multiple of the strides",
+            )
+        gradients = torch.autograd.grad([m.sum() for m in maps], list(parameters.values()), allow_unused=True)
+        return frozenset(name for name, g in zip(parameters, gradients, strict=True) if g is not None)
+
+
+class HasBackbone(Protocol):
+    """A model with a `backbone`."""
+
+    backbone: Backbone
+
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module.train."""
+
+
+def build_backbone(
+    name: str,
+    *,
+    scales: Sequence[int],
+    in_channels: int,
+    tile_hw: tuple[int, int],
+    pretrained: bool = False,
+    drop_path_rate: float = 0.0,
+    options: dict[str, Any] | None = None,
+) -> Backbone:
+    """The timm model `name` with a map for each of `scales` up to its coarsest stride.
+
+    Args:
+        scales: wanted strides, ascending; those beyond the backbone's coarsest are left to the pyramid.
+        in_channels: channels of the input.
+        tile_hw: height and width in pixels of what it will be called on.
+        pretrained: load timm's weights.
+        drop_path_rate: largest rate of stochastic depth.
+        options: further arguments of `timm.create_model`.
+
+    Raises:
+        UserError: unknown name, option, stride or image size; weights that cannot be loaded.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        raise UserError(
+            f"model.backbone is {name!r}, which timm {timm.__version__} does not know",
+            fix=f"did you mean one of {near}?" if near else "choose one of timm.list_models()",
+        )
+    arguments = {"features_only": True, "in_chans": in_channels, **(options or {})}
+    with torch.device("meta"):
+        probe, arguments = _with_drop_path(name, arguments, drop_path_rate)
+    indices = _level_indices(name, probe.feature_info, scales)
+    net = _create(name, {**arguments, "out_indices": indices}, pretrained=pretrained)
+    _drop_unused_stages(net)
+    return Backbone(net, name=name, in_channels=in_channels, tile_hw=tile_hw)
+
+
+def ordered_blocks(backbone: Backbone) -> list[nn.Module]:
+    """The backbone's blocks in forward order, stages flattened and the stem left out (EfficientNet-B2: 23)."""
+    used = {id(p) for _, p in backbone.used_parameters()}
+    return [b for b in _walk(backbone.net) if any(id(p) in used for p in b.parameters())]
+
+
+def set_trainable(model: HasBackbone, blocks: Literal["all"] | int) -> None:
+    """Let the last `blocks` blocks of the backbone train, all of it, or (0) nothing of it.
+
+    What lies between and behind these blocks (downsampling, norms) trains with them; what lies before is frozen
+    and runs in eval mode. With 8 blocks EfficientNet-B2 is finetuned as published (method: blocks 15..22 of 23).
+
+    Raises:
+        UserError: more blocks than the backbone has.
+    """
+    set_trainable_parameters(model.backbone, blocks)
+
+
+def set_trainable_parameters(backbone: Backbone, blocks: Literal["all"] | int) -> None:
+    """`set_trainable` of the backbone itself."""
+    parameters = [p for _, p in backbone.used_parameters()]
+    if blocks == "all":
+        first = 0
+    elif blocks == 0:
+        first = len(parameters)
+    else:
+        found = ordered_blocks(backbone)
+        if blocks > len(found):
+            raise UserError(
+                f"train.trainable_blocks is {blocks}, but backbone {backbone.name!r} has {len(found)} blocks",
+                fix=f"give at most {len(found)}, or all (which trains the stem too)" if found else "give all",
+            )
+        start = {id(p) for p in found[-blocks].parameters()}
+        first = next(i for i, p in enumerate(parameters) if id(p) in start)
+    backbone.net.requires_grad_(False)
+    for parameter in parameters[first:]:
+        parameter.requires_grad_(True)
+    backbone.train(backbone.training)
+
+
+def freeze_statistics(model: HasBackbone) -> None:
+    """Keep the backbone's batch-norm statistics as they are, now and after every `model.train()`."""
+    model.backbone.frozen_statistics = True
+    model.backbone.train(model.backbone.training)
+
+
+def train_mode(model: HasBackbone, *, batch_norm: str) -> None:
+    """`model.train()` with the backbone's statistics as train.batch_norm says: frozen, or moving (train, sync)."""
+    model.backbone.frozen_statistics = batch_norm == "frozen"
+    model.train()
+
+
+def set_gradient_checkpointing(model: HasBackbone, enable: bool = True) -> None:
+    """Recompute the backbone's activations in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: timm does not offer it for this backbone.
+    """
+    net: Any = model.backbone.net
+    owner: Any = net if hasattr(net, "set_grad_checkpointing") else getattr(net, "model", None)
+    try:
+        owner.set_grad_checkpointing(enable)
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"train.gradient_checkpointing is on, but timm does not offer it for {model.backbone.name!r}",
+            fix="set train.gradient_checkpointing: false, or choose another model.backbone",
+        ) from error
+
+
+def _level_indices(name: str, feature_info: Any, scales: Sequence[int]) -> tuple[int, ...]:
+    """Feature indices of the wanted strides; where several maps share a stride, the deepest."""
+    count = len(feature_info.info)
+    offered = dict(zip(feature_info.reduction(), (i % count for i in feature_info.out_indices), strict=True))
+    coarsest = max(offered)
+    levels = [s for s in scales if s <= coarsest]
+    missing = [s for s in levels if s not in offered]
+    if missing or not levels:
+        raise UserError(
+            f"model.scales asks for strides {missing or list(scales)}, "
+            f"but backbone {name!r} has the strides {sorted(offered)}",
+            fix=f"take scales from {sorted(offered)} and at most coarser ones beside them, or choose another backbone",
+        )
+    return tuple(offered[s] for s in levels)
+
+
+def _with_drop_path(name: str, arguments: dict[str, Any], rate: float) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and its arguments with the drop-path rate where it has one."""
+    with_rate = {**arguments, "drop_path_rate": rate}
+    try:
+        return _create(name, with_rate), with_rate
+    except UserError as error:
+        if "drop_path_rate" not in error.thing:
+            raise
+        if rate > 0:
+            raise UserError(
+                f"model.drop_path_rate is {rate}, but backbone {name!r} has no stochastic depth",
+                fix="set model.drop_path_rate: 0.0",
+            ) from error
+    return _create(name, arguments), arguments
+
+
+def _create(name: str, arguments: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
+    try:
+        net: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise UserError(
+            f"backbone {name!r} does not take the options given: {_first(error)}",
+            fix="correct model.backbone_options; they are arguments of timm.create_model",
+        ) from error
+    except Exception as error:  # timm, the hub and its transport each raise their own kinds
+        if pretrained:
+            raise UserError(
+                f"the pretrained weights of {name!r} could not be loaded ({type(error).__name__}: {_first(error)})",
+                fix="connect to huggingface.co, fill its cache (HF_HOME) on a machine that is, "
+                "or set model.pretrained: false",
+            ) from error
+        raise UserError(
+            f"timm cannot build {name!r} as a feature extractor ({type(error).__name__}: {_first(error)})",
+            fix="choose a backbone that supports features_only, or correct model.backbone_options",
+        ) from error
+    return net
+
+
+def _drop_unused_stages(net: nn.Module) -> None:
+    """EfficientNet-like extractors build stages behind the last wanted map: take them off."""
+    last: dict[str, Any] = net.feature_info.get_dicts()[-1]  # type: ignore[union-attr, operator]
+    blocks = getattr(net, "blocks", None)
+    if isinstance(blocks, nn.Sequential) and "stage" in last:
+        net.blocks = blocks[: last["stage"]]
+
+
+def _walk(module: nn.Module) -> Iterator[nn.Module]:
+    for name, child in module.named_children():
+        if name.startswith(_NOT_BLOCKS):
+            continue
+        if isinstance(child, _CONTAINERS) or isinstance(getattr(child, "blocks", None), _CONTAINERS):
+            yield from _walk(child)
+        elif any(True for grandchild in child.children() for _ in grandchild.parameters()):
+            yield child
+
+
+def _first(error: BaseException) -> str:
+    """First line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,204 @@
+"""Multi-scale attention MIL: bags of tiles -> logits, attention, scale weights.
+
+Legend: B bags, N tiles, M tiles of all bags, C channels, P tile side, I instances of one scale, S scales,
+D channels, K labels (1 inside the model where all labels share one attention), h w size of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from msmil.models.attention import AttentionPooling, LabelLinear, Pooled, ScaleAttention
+from msmil.models.backbone import Backbone
+from msmil.models.pyramid import FeaturePyramid
+from msmil.models.set_transformer import ISAB, PMA, SAB
+from msmil.types import BagOutput
+from shards.errors import UserError
+
+
+class MLPEncoder(nn.Module):
+    """Instance encoder Dropout(relu(W x + b))."""
+
+    def __init__(self, *, in_dim: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BID: Tensor, mask_BI: Tensor | None = None) -> Tensor:
+        """[B, I, in_dim] -> [B, I, D]; instances do not see each other, so the mask has nothing to do."""
+        return self.dropout(torch.relu(self.linear(x_BID)))  # type: ignore[no-any-return]
+
+
+class SetEncoder(nn.Module):
+    """Instance encoder of SAB or ISAB blocks."""
+
+    def __init__(self, blocks: list[SAB] | list[ISAB]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x_BID: Tensor, mask_BI: Tensor | None = None) -> Tensor:
+        """[B, I, in_dim] -> [B, I, D]."""
+        for block in self.blocks:
+            x_BID = block(x_BID, mask_BI)
+        return x_BID
+
+
+class ScaleBranch(nn.Module):
+    """MIL of one scale: instance encoder, pooling per label and, with deep supervision, a head per label."""
+
+    def __init__(
+        self, *, encoder: MLPEncoder | SetEncoder, pooling: AttentionPooling | PMA, head: LabelLinear | None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooling = pooling
+        self.head = head
+
+    def forward(
+        self, x_BID: Tensor, mask_BI: Tensor | None, uniform_mix: float, instance_logits: bool
+    ) -> tuple[Pooled, Tensor | None, Tensor | None]:
+        """The pooled bag, logit_BK of the head, and its instance_logit_BKI (-inf where masked)."""
+        z_BID = self.encoder(x_BID, mask_BI)
+        pooled: Pooled = self.pooling(z_BID, mask_BI, uniform_mix)
+        if self.head is None:
+            return pooled, None, None
+        logit_BK = self.head.own(pooled.embedding_BKD)
+        if not instance_logits:
+            return pooled, logit_BK, None
+        instance_BKI = self.pooling.instance_logit(z_BID, self.head)
+        instance_BKI = instance_BKI.to(logit_BK.dtype)
+        if mask_BI is not None:
+            instance_BKI = instance_BKI.masked_fill(~mask_BI[:, None], float("-inf"))
+        return pooled, logit_BK, instance_BKI
+
+
+class MILModel(nn.Module):
+    """Backbone -> pyramid -> MIL per scale -> attention over scales -> classifier (FPN-MIL, MICCAI 2025).
+
+    Per scale s and label k an embedding h_sk; side logit w_sk . h_sk + b_sk (deep supervision); merged embedding
+    g_k = sum_s b_ks h_sk; logit v_k . g_k + c_k. Remembers nothing: all it computes is in its BagOutput.
+
+    Args:
+        branches: the MIL part of each scale, by stride, finest first.
+        in_channels: channels of a tile.
+        num_labels: labels; the branches have as many attentions, or one that all share.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        pyramid: FeaturePyramid,
+        branches: Mapping[int, ScaleBranch],
+        scale_attention: ScaleAttention,
+        classifier: LabelLinear,
+        in_channels: int,
+        num_labels: int,
+    ) -> None:
+        super().__init__()
+        assert tuple(branches) == pyramid.scales
+        self.backbone = backbone
+        self.pyramid = pyramid
+        self.branches = nn.ModuleDict({str(scale): branch for scale, branch in branches.items()})
+        self.scale_attention = scale_attention
+        self.classifier = classifier
+        self.in_channels = in_channels
+        self.num_labels = num_labels
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Strides of the scales, ascending."""
+        return self.pyramid.scales
+
+    @property
+    def deep_supervision(self) -> bool:
+        """Whether the scales have heads of their own."""
+        return all(branch.head is not None for branch in self.branches.values())
+
+    def forward(
+        self,
+        tiles_BNCPP: Tensor,
+        mask_BN: Tensor | None = None,
+        *,
+        uniform_mix: float = 0.0,
+        instance_logits: bool = False,
+    ) -> BagOutput:
+        """Everything about a batch of bags.
+
+        Args:
+            tiles_BNCPP: normalised tiles; one whole image has N = 1 and its own height and width for P x P.
+            mask_BN: True for real tiles. Padded ones are not encoded, get no weight, and have score and
+                instance logit -inf, so a padded bag gives what the unpadded one gives.
+            uniform_mix: share of uniform attention mixed into every pooling, 0..1.
+            instance_logits: also return each scale's head on its single instances.
+
+        Raises:
+            UserError: wrong shape, a bag without a real tile, instance logits of a model without scale heads.
+        """
+        self._check_input(tiles_BNCPP, mask_BN, instance_logits)
+        attention, score, instance = {}, {}, {}
+        embeddings, logits = [], []
+        for scale, (x_BID, mask_BI) in self._instances(tiles_BNCPP, mask_BN).items():
+            pooled, logit_BK, instance_BKI = self.branches[str(scale)](x_BID, mask_BI, uniform_mix, instance_logits)
+            embeddings.append(pooled.embedding_BKD)
+            attention[scale] = self._over_labels(pooled.weight_BKI)
+            score[scale] = self._over_labels(pooled.score_BKI)
+            if logit_BK is not None:
+                logits.append(logit_BK)
+            if instance_BKI is not None:
+                instance[scale] = instance_BKI
+        merged_BKD, weight_BKS = self.scale_attention(torch.stack(embeddings, dim=1))
+        return BagOutput(
+            logit_BK=self.classifier.own(merged_BKD),
+            scale_logit_SBK=torch.stack(logits) if logits else None,
+            attention=attention,
+            score=score,
+            instance_logit=instance or None,
+            scale_weight_BKS=self._over_labels(weight_BKS),
+        )
+
+    def _instances(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """{scale: (instances in the order (tile, y, x), mask)}, zeros for the instances of padded tiles."""
+        B, N = tiles_BNCPP.shape[:2]
+        tiles_MCPP = tiles_BNCPP.flatten(0, 1)
+        real_M = None if mask_BN is None else mask_BN.flatten()
+        levels = self.pyramid(self.backbone(tiles_MCPP if real_M is None else tiles_MCPP[real_M]))
+        instances: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for scale, map_MDhw in levels.items():
+            x_MhwD = map_MDhw.permute(0, 2, 3, 1)
+            mask_BI = None
+            if real_M is not None and mask_BN is not None:
+                every = x_MhwD.new_zeros(B * N, *x_MhwD.shape[1:])
+                every[real_M] = x_MhwD
+                x_MhwD = every
+                mask_BI = mask_BN.repeat_interleave(x_MhwD.shape[1] * x_MhwD.shape[2], dim=1)
+            instances[scale] = (x_MhwD.reshape(B, -1, x_MhwD.shape[-1]), mask_BI)
+        return instances
+
+    def _over_labels(self, x_BKX: Tensor) -> Tensor:
+        return x_BKX.expand(-1, self.num_labels, -1)
+
+    def _check_input(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None, instance_logits: bool) -> None:
+        shape = tuple(tiles_BNCPP.shape)
+        if len(shape) != 5 or shape[2] != self.in_channels:
+            raise UserError(
+                f"the model was called on tiles of shape {shape}",
+                fix=f"give [bags, tiles, {self.in_channels}, height, width], as model.in_channels says",
+            )
+        if mask_BN is not None:
+            if mask_BN.dtype != torch.bool or tuple(mask_BN.shape) != shape[:2]:
+                raise UserError(
+                    f"the tile mask has shape {tuple(mask_BN.shape)} and type {mask_BN.dtype}",
+                    fix=f"give booleans of shape {list(shape[:2])}, True for real tiles",
+                )
+            empty = (~mask_BN.any(dim=1)).nonzero().flatten().tolist()
+            if empty:
+                raise UserError(f"bags {empty} of the batch have no real tile", fix="leave such bags out of the batch")
+        if instance_logits and not self.deep_supervision:
+            raise UserError(
+                "instance logits were asked of a model that has no heads per scale",
+                fix="set model.deep_supervision: true (and train it so), or loss.instance_weight: 0",
+            )

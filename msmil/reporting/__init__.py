@@ -1,0 +1,1 @@
+"""Pictures of results, drawn once for every reader."""

@@ -1,0 +1,225 @@
+"""Batches for one rank, read and decoded in processes of its own, in the order of shards.plan.
+
+B images, H W pixels, K labels, M samples of this rank in order, G global batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from shards.errors import UserError
+from shards.files import human_bytes
+from shards.manifest import Manifest
+from shards.plan import EpochPlan, Float32, Int64, rank_slice, worker_batches
+from shards.reader import ShardReader
+from shards.types import Batch
+from shards.workers import start_server, start_worker
+
+_SHARED_MEMORY: Final = Path("/dev/shm")
+
+
+def train_stream(
+    manifest: Manifest,
+    *,
+    labels: Sequence[str],
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    accumulation: int,
+    world: int,
+    rank: int,
+    start_batch: int,
+    last_batch: Literal["pad", "drop"],
+    block_shards: int,
+    workers: int,
+    prefetch_batches: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of an epoch in order, `accumulation` for each global batch from `start_batch` on.
+
+    Args:
+        manifest: the packed folder; the split is "train".
+        labels: columns of label_BK, in this order.
+        seed: of the order of samples, with `epoch`.
+        epoch: counts from 0.
+        batch_size: images of a global batch, over all ranks and micro-steps.
+        accumulation: micro-batches of a global batch.
+        world: number of ranks.
+        rank: this one.
+        start_batch: global batches of this epoch that are done.
+        last_batch: fill the last global batch with weight 0, or leave its samples out.
+        block_shards: samples are shuffled inside blocks of so many shards.
+        workers: decoding processes; 0 decodes in this process.
+        prefetch_batches: batches each decoding process keeps ready.
+        pin_memory: page-locked memory, for copies to a GPU.
+
+    Raises:
+        UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
+            when a sample cannot be read, in its place in the order.
+    """
+    row_M = manifest.rows("train")
+    plan = EpochPlan(
+        rows_M=row_M,
+        shard_M=manifest.shard_N()[row_M],
+        seed=seed,
+        epoch=epoch,
+        batch_size=batch_size,
+        last_batch=last_batch,
+        block_shards=block_shards,
+    )
+    assert 0 <= start_batch <= plan.num_batches
+    parts = rank_slice(batch_size, world, rank, accumulation)
+    columns = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    rows_GB, weight_GB = plan.batches
+    share = _Share(
+        manifest,
+        labels=labels,
+        row_M=rows_GB[start_batch:, columns].reshape(-1),
+        weight_M=weight_GB[start_batch:, columns].reshape(-1),
+        size=len(columns),
+    )
+    batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
+    return _micro_batches(batches, len(columns) // accumulation)
+
+
+def evaluation_stream(
+    manifest: Manifest,
+    *,
+    labels: Sequence[str],
+    rows: Int64,
+    batch_size: int,
+    workers: int,
+    prefetch_batches: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """The given manifest rows in order, each once, with weight 1; the last batch may be short.
+
+    The arguments are those of `train_stream`, but `batch_size` counts the images of this rank's batch. So do errors.
+    """
+    assert batch_size >= 1
+    row_M = np.asarray(rows, np.int64)
+    share = _Share(manifest, labels=labels, row_M=row_M, weight_M=np.ones(len(row_M), np.float32), size=batch_size)
+    return _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A UserError on its way out of a decoding process: a DataLoader keeps only the text of an exception."""
+
+    thing: str
+    fix: str
+    file: str | None
+
+
+class _Share(IterableDataset[Batch | _Failure]):
+    """Rows cut into batches of `size`; a decoding process makes whole batches of them, in turn with the others.
+
+    A process gets arrays and the manifest's folder name, so no object per row.
+    """
+
+    def __init__(
+        self, manifest: Manifest, *, labels: Sequence[str], row_M: Int64, weight_M: Float32, size: int
+    ) -> None:
+        self.manifest = manifest
+        self.label_MK = manifest.label_NK(labels)[row_M]
+        self.row_M = row_M
+        self.weight_M = weight_M
+        self.size = size
+        self.num_batches = -(-len(row_M) // size)
+        self.num_bytes = size * manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize
+
+    def __iter__(self) -> Iterator[Batch | _Failure]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        with ShardReader(self.manifest) as reader:
+            for g in worker_batches(self.num_batches, 0, workers, worker):
+                try:
+                    made: Batch | _Failure = self._batch(reader, slice(g * self.size, (g + 1) * self.size))
+                except UserError as error:
+                    made = _Failure(error.thing, error.fix, error.file)
+                yield made
+
+    def _batch(self, reader: ShardReader, part: slice) -> Batch:
+        manifest, row_B = self.manifest, self.row_M[part]
+        image_B1HW = np.empty((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
+        for image_1HW, row in zip(image_B1HW, row_B.tolist(), strict=True):
+            image_1HW[0] = reader.read(row)
+        return Batch(
+            image_B1HW=torch.from_numpy(image_B1HW),
+            label_BK=torch.from_numpy(self.label_MK[part].copy()),
+            weight_B=torch.from_numpy(self.weight_M[part].copy()),
+            sample_B=torch.from_numpy(row_B.copy()),
+        )
+
+
+def _serve(share: _Share, *, workers: int, prefetch_batches: int, pin_memory: bool) -> Iterator[Batch]:
+    workers = min(workers, share.num_batches)
+    options: dict[str, Any] = {}
+    if workers:
+        _check_shared_memory(workers, (prefetch_batches + 1) * share.num_bytes)
+        options = {
+            "multiprocessing_context": start_server(),
+            "worker_init_fn": start_worker,
+            "prefetch_factor": prefetch_batches,
+        }
+    loader = DataLoader(
+        share,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        # Without its own the loader draws from torch's global generator, and so moves every later draw.
+        generator=torch.Generator(),
+        **options,
+    )
+    return _unwrapped(loader, workers)
+
+
+def _unwrapped(loader: DataLoader[Batch | _Failure], workers: int) -> Iterator[Batch]:
+    try:
+        for made in loader:
+            if isinstance(made, _Failure):
+                raise UserError(made.thing, fix=made.fix, file=made.file)
+            yield made
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            "a decoding process was killed, as happens when memory runs out",
+            fix=f"give the job more memory, or lower the number of decoding processes ({workers}) or of batches "
+            "that each keeps ready",
+        ) from error
+
+
+def _micro_batches(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+    for batch in batches:
+        for start in range(0, len(batch.sample_B), size):
+            part = slice(start, start + size)
+            yield Batch(
+                image_B1HW=batch.image_B1HW[part],
+                label_BK=batch.label_BK[part],
+                weight_B=batch.weight_B[part],
+                sample_B=batch.sample_B[part],
+            )
+
+
+def _check_shared_memory(workers: int, bytes_per_worker: int) -> None:
+    """Batches travel through /dev/shm, which containers keep small; when it is full, the loader hangs or dies."""
+    if not _SHARED_MEMORY.is_dir():
+        return
+    status = os.statvfs(_SHARED_MEMORY)
+    free, needed = status.f_bavail * status.f_frsize, workers * bytes_per_worker
+    if free < needed:
+        raise UserError(
+            f"{workers} decoding processes need {human_bytes(needed)} of shared memory, {human_bytes(free)} are free",
+            fix="start the container with more (docker run --shm-size=16g), or lower the number of decoding processes "
+            "or of batches that each keeps ready",
+            file=_SHARED_MEMORY,
+        )

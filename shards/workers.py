@@ -1,0 +1,59 @@
+"""How decoding processes are started, what they ignore, and when they end.
+
+They are forked from a server process that has imported torch and holds nothing else (forkserver): a fork of the
+training process would copy its threads' locks, its CUDA state and its sockets, which NCCL and gloo do not survive on
+all networks (torch's notes on DistributedDataParallel say so), and a spawned process would import torch each time.
+The server starts once per training process, in some seconds and beside other work; a decoding process then in tens
+of milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
+from typing import Final
+
+import torch
+
+# What schedulers and terminals send to every process of a job. Only the training process answers: it saves and ends,
+# for which it needs its decoding processes alive.
+_NOT_OURS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_CHECK_EVERY_S: Final = 1.0
+
+
+def start_server() -> ForkServerContext:
+    """See that the server runs; gives the context that starts processes from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["shards.stream"])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
+    try:
+        resource_tracker.ensure_running()
+        # The tracker's start has just unblocked two of them. The server and all its children inherit this mask.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def start_worker(worker: int) -> None:
+    """First thing in a decoding process: one thread, deaf to the job's signals, and gone with the training process."""
+    del worker
+    torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the training process is dead, or asks for it by SIGTERM; nobody else's SIGTERM counts."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while parent.is_alive():
+        asked = signal.sigtimedwait({signal.SIGTERM}, _CHECK_EVERY_S)
+        if asked is not None and asked.si_pid == parent.pid:
+            break
+    os._exit(1)

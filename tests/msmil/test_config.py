@@ -1,0 +1,109 @@
+"""A configuration is read from YAML and overrides, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from msmil.config import Config
+from msmil.config_io import config_from_dict, config_to_dict, dump_config, flatten, load_config, reference
+from shards.errors import UserError
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs" / "experiment").glob("*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_a_valid_configuration(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path / "c.yaml", "")) == Config()
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
+def test_numbers_are_numbers(tmp_path: Path, text: str) -> None:
+    assert load_config(write(tmp_path / "c.yaml", f"optim: {{lr: {text}}}")).optim.lr == 1e-4
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", "optim: {lr: 1e-3}\nmodel: {scales: [16, 32]}")
+    config = load_config(file, ["optim.lr=2e-3", "model.scales=[8,16]", "data.labels=[A, B]", "train.compile=true"])
+    assert (config.optim.lr, config.model.scales, config.data.labels) == (2e-3, (8, 16), ("A", "B"))
+    assert config.train.compile is True
+
+
+def test_dump_reads_back_equal(tmp_path: Path) -> None:
+    config = config_from_dict({"loss": {"pos_weight": [2, 3.5]}, "data": {"labels": ["A", "B"]}})
+    assert load_config(write(tmp_path / "c.yaml", dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "named"),
+    [
+        ({"optm": {"lr": 1}}, "optim"),
+        ({"optim": {"learning_rate": 1}}, "unknown key optim.learning_rate"),
+        ({"optim": {"lrr": 1}}, "optim.lr?"),
+        ({"lr": 1}, "optim.lr?"),
+        ({"train": {"precision": "fp8"}}, "fp32 | bf16 | fp16"),
+        ({"train": {"epochs": "ten"}}, "whole number"),
+        ({"train": {"epochs": True}}, "whole number"),
+        ({"train": {"epochs": 0}}, "at least 1"),
+        ({"train": 3}, "it is a section"),
+        ({"model": {"scales": [32, 16]}}, "ascending"),
+        ({"model": {"scales": 16}}, "list of whole number"),
+        ({"bags": {"pad_multiple_px": 96}}, "multiple of the coarsest stride, 128"),
+        ({"bags": {"tile_overlap": 1.0}}, "0 <= x < 1"),
+        ({"bags": {"std": 0}}, "above 0"),
+        ({"data": {"labels": ["A", "A"]}}, "each label once"),
+        ({"loss": {"pos_weight": [1, 2]}}, "one positive number for each"),
+        ({"loss": {"pos_weight": "automatic"}}, "auto | none or list of number"),
+        ({"train": {"encoder": "frozen", "batch_norm": "train"}}, "batch_norm: frozen"),
+        ({"train": {"head_warmup_epochs": 30}}, "before the run does"),
+        ({"train": {"gradient_checkpointing": True, "batch_norm": "train"}}, "batch_norm: frozen"),
+        ({"name": "a/b"}, "plain folder name"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_fix(tree: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError) as error:
+        config_from_dict(tree)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("a: [", "cannot be read as YAML"), ("- 1", "no mapping at its top"), ("optm: {}", "did you mean optim")],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = write(tmp_path / "broken.yaml", text)
+    with pytest.raises(UserError, match=r"broken\.yaml") as error:
+        load_config(file)
+    assert named in str(error.value) or "did you mean" in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "optim.lr.x=[", "name.x=1"])
+def test_a_broken_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError):
+        load_config(write(tmp_path / "c.yaml", "name: a"), [override])
+
+
+def test_the_reference_names_every_option_with_a_doc() -> None:
+    options = {option.key: option for option in reference()}
+    assert set(options) == set(flatten(config_to_dict(Config())))
+    assert all(option.doc and option.doc[-1] != "." for option in options.values())
+    assert yaml.safe_load(options["model.scales"].default) == [16, 32, 128]
+
+
+def test_configurations_load_no_torch() -> None:
+    code = "import sys, msmil, msmil.config_io, launch.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_every_experiment_of_the_repository_is_valid(file: Path) -> None:
+    assert load_config(file).name == file.stem
+    assert file.read_text(encoding="utf-8").startswith("# msmil train configs/experiment/")
