@@ -40,13 +40,16 @@ def check_file(path: Path) -> int:
     """The size of an image file in bytes.
 
     Raises:
-        BrokenImageError: it is missing or empty.
+        BrokenImageError: it is missing, empty, or not ours to look at.
     """
     try:
         size = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError) as error:
         fix = f"complete the download, check --images, {DROP_HINT}"
         raise BrokenImageError(MISSING, "the image is missing", fix=fix, file=path) from error
+    except OSError as error:
+        thing = f"the image cannot be read ({error.strerror})"
+        raise BrokenImageError(UNREADABLE, thing, fix=f"see to its permissions, {DROP_HINT}", file=path) from error
     if size == 0:
         raise BrokenImageError(EMPTY, "the image is an empty file", fix=f"copy it again, {DROP_HINT}", file=path)
     return size

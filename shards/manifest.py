@@ -39,7 +39,7 @@ class ShardInfo:
 class Header:
     """What manifest.json says beside the rows.
 
-    plan: digest of what `pack` was asked for; samples: name, size, digest and number of rows of samples.arrow;
+    settings: what `pack` was asked for; samples: name, size, digest and number of rows of samples.arrow;
     counts: images, exams, patients, positives, boxes per split; dropped and notes: what packing left out or mended.
     """
 
@@ -53,7 +53,6 @@ class Header:
     codec: str
     recipe: dict[str, Any]
     fingerprint: str
-    plan: str
     settings: dict[str, Any]
     samples: dict[str, Any]
     counts: dict[str, Any]

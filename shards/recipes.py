@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ class Recipe(Protocol):
 
     name: ClassVar[str]
     version: ClassVar[int]
+    dtype: ClassVar[Literal["uint8"] | None]
+    """Of the stored pixels; None where it is that of the first image."""
 
     def apply(self, source_HW: Pixels) -> tuple[Pixels, Geometry]:
         """Stored pixels, and where each of them came from.
@@ -28,7 +30,10 @@ class Recipe(Protocol):
         """
 
     def size(self) -> tuple[int, int] | None:
-        """Height and width of what is stored; None where it is that of the source."""
+        """Height and width of what is stored; None where the first image decides."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name, version and what else determines the pixels, as the manifest records it."""
 
 
 class EmptyImageError(ValueError):
@@ -37,18 +42,29 @@ class EmptyImageError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class AsIs:
-    """The pixels of the file, 8 or 16 bit; every image of the archive must have the same size."""
+    """The pixels of the file, 8 or 16 bit; every image of the archive must have the same size.
+
+    Where a size is given it is the one that they must have; else the first image decides.
+    """
 
     name: ClassVar[str] = "as_is"
     version: ClassVar[int] = 1
+    dtype: ClassVar[Literal["uint8"] | None] = None
+
+    height_px: int | None = None
+    width_px: int | None = None
 
     def apply(self, source_HW: Pixels) -> tuple[Pixels, Geometry]:
         """The pixels themselves."""
         return source_HW, geometry.identity(*source_HW.shape)
 
     def size(self) -> tuple[int, int] | None:
-        """That of the source."""
-        return None
+        """The size that was given."""
+        return (self.height_px, self.width_px) if self.height_px and self.width_px else None
+
+    def describe(self) -> dict[str, Any]:
+        """Name and version: the size changes nothing in the pixels."""
+        return {"name": self.name, "version": self.version}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +78,7 @@ class MammoClip:
 
     name: ClassVar[str] = "mammoclip"
     version: ClassVar[int] = 1
+    dtype: ClassVar[Literal["uint8"] | None] = "uint8"
 
     height_px: int = 1520
     width_px: int = 912
@@ -96,33 +113,30 @@ class MammoClip:
         """The size to which it stretches."""
         return self.height_px, self.width_px
 
+    def describe(self) -> dict[str, Any]:
+        """Name, version and parameters."""
+        return {"name": self.name, "version": self.version, **asdict(self)}
+
 
 RECIPES: Final = (AsIs.name, MammoClip.name)
 
 
 def make_recipe(name: str, *, height_px: int | None = None, width_px: int | None = None) -> Recipe:
-    """A recipe by name; sizes that are left out are the recipe's own.
+    """A recipe by name. Sizes that are left out are mammoclip's own; for as_is the first image decides.
 
     Raises:
-        UserError: a size was given to `as_is`, or is not positive.
+        UserError: a size is not positive, or as_is was given only one of the two.
     """
     sizes = {"height_px": height_px, "width_px": width_px}
     given = {key: value for key, value in sizes.items() if value is not None}
     if any(value < 1 for value in given.values()):
-        raise UserError(f"a stored size of {given}", fix="give --height and --width of at least 1 pixel")
+        raise UserError(f"a stored size of {height_px} x {width_px}", fix="give --height and --width of at least 1")
     if name == AsIs.name:
-        if given:
-            fix = "leave out --height and --width, or use --recipe mammoclip, which resizes"
-            raise UserError("the recipe as_is stores images in the size they have", fix=fix)
-        return AsIs()
+        if len(given) == 1:
+            raise UserError("only one of --height and --width", fix="give both, or neither")
+        return AsIs(**given)
     assert name == MammoClip.name, name
     return MammoClip(**given)
-
-
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """Name, version and parameters, as the manifest records them."""
-    assert isinstance(recipe, AsIs | MammoClip)
-    return {"name": recipe.name, "version": recipe.version, **asdict(recipe)}
 
 
 def min_max_uint8(image_HW: Pixels) -> npt.NDArray[np.uint8]:
@@ -148,20 +162,22 @@ def area_resize(image_HW: npt.NDArray[np.uint8], height_px: int, width_px: int) 
     """Resize so that a pixel is the mean over the area of the source that it covers, fractions of pixels counted.
 
     That is what OpenCV's INTER_AREA computes when it shrinks. Pillow's BOX filter is not: it counts a source pixel
-    wholly or not at all. Means come from differences of the running sum, interpolated at the fractional edges.
+    wholly or not at all. Sums are exact integers; means are rounded to the nearest, halves to even.
     """
-    rows_HW = _area_means(image_HW.astype(np.float64), height_px)
-    both_WH = _area_means(np.ascontiguousarray(rows_HW.T), width_px)
-    return np.ascontiguousarray(np.rint(both_WH.T).astype(np.uint8))
+    rows_HW = _area_sums(image_HW.astype(np.int64), height_px)
+    both_WH = _area_sums(np.ascontiguousarray(rows_HW.T), width_px)
+    area = image_HW.shape[0] * image_HW.shape[1]
+    return np.ascontiguousarray(np.rint(both_WH.T / area).astype(np.uint8))
 
 
-def _area_means(values_LX: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
-    """Means of `size` equal pieces along the first axis."""
+def _area_sums(values_LX: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """`length` times the means of `size` equal pieces along the first axis.
+
+    Piece i ends at source position i * length / size; in units of 1 / size all of that is whole numbers.
+    """
     length = values_LX.shape[0]
-    sums_LX = np.zeros((length + 1, values_LX.shape[1]))
+    sums_LX = np.zeros((length + 1, values_LX.shape[1]), np.int64)
     np.cumsum(values_LX, axis=0, out=sums_LX[1:])
-    edge = np.arange(size + 1) * length / size
-    whole = np.minimum(edge.astype(np.int64), length - 1)
-    at_edge_SX = sums_LX[whole] + (edge - whole)[:, None] * values_LX[whole]
-    means_SX: npt.NDArray[np.float64] = np.diff(at_edge_SX, axis=0) * (size / length)
-    return means_SX
+    whole, rest = np.divmod(np.arange(size + 1) * length, size)
+    at_end_SX = sums_LX[whole] * size + rest[:, None] * values_LX[np.minimum(whole, length - 1)]
+    return np.diff(at_end_SX, axis=0)

@@ -91,13 +91,18 @@ def draw(seed: int, purpose: str, name: str) -> bytes:
 
 
 def check_patients(rows: Sequence[SourceRow], file: Path) -> None:
-    """Refuse a patient who is in two splits: what is tested must not have been trained on."""
+    """Refuse a patient who is in two splits (what is tested must not have been trained on) and an exam of two."""
     split_of: dict[str, Split] = {}
+    patient_of: dict[str, str] = {}
     for row in rows:
-        first = split_of.setdefault(row.patient_id, row.split)
-        if first != row.split:
-            thing = f"patient {row.patient_id} is in two splits: {first} and {row.split} (image {row.image_id})"
+        split = split_of.setdefault(row.patient_id, row.split)
+        if split != row.split:
+            thing = f"patient {row.patient_id} is in two splits: {split} and {row.split} (image {row.image_id})"
             raise UserError(thing, fix="give all images of a patient the same split and fold", file=file)
+        patient = patient_of.setdefault(row.exam_id, row.patient_id)
+        if patient != row.patient_id:
+            thing = f"exam {row.exam_id} is of two patients: {patient} and {row.patient_id} (image {row.image_id})"
+            raise UserError(thing, fix="give every exam an id of its own", file=file)
 
 
 def _positives(rows: Sequence[SourceRow], labels: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -67,7 +67,7 @@ def draw(config: AugmentConfig, *, seed: int, epoch: int, sample_B: Tensor) -> A
         offset_B=around_zero("offset", config.offset).float(),
         noise_sd_B=(share["noise_sd"] * config.noise_sd).float(),
         noise_seed_B=(share["noise_seed"] * 2**53).to(torch.int64),
-        cutout_BR2=share_BD[:, len(_NAMES) :].reshape(-1, config.cutout_count, 2).float(),
+        cutout_BR2=share_BD[:, len(_NAMES) :].reshape(len(share_BD), config.cutout_count, 2).float(),
     )
 
 
@@ -110,8 +110,9 @@ def _grid(x_B1HW: Tensor, drawn: Augmentation) -> Tensor:
     device = x_B1HW.device
     x_W = (torch.arange(width, device=device) + 0.5) - width / 2
     y_H1 = (torch.arange(height, device=device)[:, None] + 0.5) - height / 2
-    cos_B11 = (drawn.angle_B.cos() / drawn.scale_B).to(device)[:, None, None]
-    sin_B11 = (drawn.angle_B.sin() / drawn.scale_B).to(device)[:, None, None]
+    angle_B = drawn.angle_B.double()
+    cos_B11 = (angle_B.cos() / drawn.scale_B).float().to(device)[:, None, None]
+    sin_B11 = (angle_B.sin() / drawn.scale_B).float().to(device)[:, None, None]
     sign_x_B11 = (1 - 2 * drawn.flip_h_B.float()).to(device)[:, None, None] * (2 / width)
     sign_y_B11 = (1 - 2 * drawn.flip_v_B.float()).to(device)[:, None, None] * (2 / height)
     # Rows go down, so counter-clockwise on the screen is [cos, sin; -sin, cos]; this is its inverse.

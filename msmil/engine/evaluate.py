@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from msmil.detection.breast import breast_masks
 from msmil.detection.heatmap import map_names, maps
 from msmil.detection.localisation import PeakHits
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest, pointed
+from msmil.engine.pictures import map_figures
 from msmil.engine.pipeline import Pipeline, build_network, open_pipeline
 from msmil.engine.predict import forward_batches, predict
 from msmil.engine.run_folder import RunFolder
@@ -22,6 +24,7 @@ from msmil.engine.tracking import log, open_log
 from msmil.evaluation.predictions import write_atomically, write_predictions
 from msmil.evaluation.results import classification_results, results_table
 from msmil.models.mil import MILModel
+from msmil.reporting.figures import classification_figures, save
 from msmil.types import Prediction
 from shards.errors import UserError
 from shards.plan import evaluation_span
@@ -146,4 +149,22 @@ def _write(
         write_predictions(folder.predictions / f"{name}.csv", rows, pipeline.labels, evaluation.network.scales)
     text = json.dumps(results, indent=2, allow_nan=False)
     write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
+    for name, figure in _figures(evaluation, split, predictions[split], results):
+        save(figure, folder.figures / f"{split}_{name}.png")
     log.info("%s", results_table(results, results["localisation"]))
+
+
+def _figures(
+    evaluation: Evaluation, split: str, predictions: list[Prediction], results: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    pipeline, network = evaluation.pipeline, evaluation.network
+    settings = pipeline.config.evaluate
+    yield from classification_figures(
+        predictions,
+        results,
+        replicates=settings.bootstrap_replicates,
+        confidence=settings.confidence,
+        seed=pipeline.config.seed,
+    ).items()
+    rows_N = rows_with_boxes(pipeline, split)
+    yield from map_figures(pipeline, network, rows_N, predictions, instance=network.deep_supervision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -78,7 +79,10 @@ class Runtime:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Wrap model and optimizer for this world; only parameters that train now take part."""
-        return cast("tuple[nn.Module, Any]", self._accelerator.prepare(model, optimizer))
+        with warnings.catch_warnings():
+            # torch >= 2.14 has another word for it, which older ones and accelerate do not know
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return cast("tuple[nn.Module, Any]", self._accelerator.prepare(model, optimizer))
 
     def release(self, prepared: nn.Module) -> nn.Module:
         """The bare module of a prepared one, ready to be prepared anew (when what trains changes)."""

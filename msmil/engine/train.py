@@ -32,6 +32,8 @@ def train(config: Config, runtime: Runtime) -> TrainState:
         UserError: the configuration, the data or the folder do not allow it; a loss that is not finite.
     """
     run = open_run(config, runtime)
+    if run.state.epoch >= config.train.epochs:
+        log.info("already trained to the last epoch; more: another name, with more train.epochs")
     try:
         for epoch in range(run.state.epoch, config.train.epochs):
             run.stepper = stepper_of_epoch(run, epoch)

@@ -176,7 +176,7 @@ def set_trainable_parameters(backbone: Backbone, blocks: Literal["all"] | int) -
         if blocks > len(found):
             raise UserError(
                 f"train.trainable_blocks is {blocks}, but backbone {backbone.name!r} has {len(found)} blocks",
-                fix=f"give at most {len(found)}, or all (which trains the stem too)" if found else "give all",
+                fix=f"give at most {len(found)}, or all (which trains the stem too)",
             )
         start = {id(p) for p in found[-blocks].parameters()}
         first = next(i for i, p in enumerate(parameters) if id(p) in start)

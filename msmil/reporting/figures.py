@@ -7,6 +7,7 @@ H W pixels of a stored image.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +33,14 @@ from shards.types import Box
 
 Array = NDArray[Any]
 
-# Blue, orange and grey of Okabe and Ito, and cividis: told apart with any kind of colour vision, and in grey.
+# Blue, orange and grey of Okabe and Ito, and viridis: told apart with any kind of colour vision, and in grey.
 _LINE: Final = "#0072B2"
 _POINT: Final = "#D55E00"
 _GREY: Final = "#666666"
-_COLOURS: Final = "cividis"
+_COLOURS: Final = "viridis"
+_OUTSIDE: Final = "#e4e4e4"
 _DPI: Final = 150
+_SQUARE_IN: Final = 3.8  # side of a curve's axes, in inches
 _PANEL_IN: Final = 2.3  # longest side of a picture of `maps_figure`, in inches, as are the others
 _GAP_IN: Final = 0.08
 _HEAD_IN: Final = 0.62
@@ -114,7 +117,7 @@ def confusion(counts_22: Array, label: str, threshold: float) -> Any:
         label: for the title.
         threshold: probability from which on an image is called positive.
     """
-    figure, axes = _figure(4.2, 3.9)
+    figure, axes = _figure(label, "confusion", left_in=1.1)
     total_2 = counts_22.sum(axis=1, keepdims=True)
     share_22 = counts_22 / np.maximum(total_2, 1)
     axes.imshow(share_22, cmap=_COLOURS, vmin=0, vmax=1)
@@ -126,8 +129,7 @@ def confusion(counts_22: Array, label: str, threshold: float) -> Any:
     axes.set_xticks([0, 1], ["negative", "positive"])
     axes.set_yticks([0, 1], [f"negative\n(n = {total_2[0, 0]})", f"positive\n(n = {total_2[1, 0]})"])
     axes.set_xlabel(f"model, positive from {threshold:.3f} on")
-    axes.set_ylabel("truth")
-    axes.set_title(_words(label))
+    axes.set_ylabel("truth (a row adds up to 100 %)")
     return figure
 
 
@@ -139,7 +141,7 @@ def roc(
     point: tuple[float, float] | None = None,
 ) -> Any:
     """ROC curve with its band, the diagonal of chance, and the operating point (1 - specificity, sensitivity)."""
-    figure, axes = _figure(4.6, 4.6)
+    figure, axes = _figure(label, "ROC", legend_lines=4)
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label="chance")
     _curve(axes, curve, "default", _area("AUROC", auroc, bounds))
     if point is not None:
@@ -147,29 +149,37 @@ def roc(
         axes.plot(*point, marker="o", markersize=8, color=_POINT, markeredgecolor="white", linestyle="", label=name)
     axes.set_xlabel("1 - specificity")
     axes.set_ylabel("sensitivity")
-    axes.set_title(_words(label))
-    axes.legend(loc="lower right", fontsize=8.5)
+    _legend_below(figure)
     return figure
 
 
 def precision_recall(curve: Curve, label: str, average: float | None, bounds: Sequence[float] | None) -> Any:
     """Precision-recall curve with its band and the line of chance, the share of positive images."""
-    figure, axes = _figure(4.6, 4.6)
+    figure, axes = _figure(label, "precision and recall", legend_lines=3)
     chance = f"chance: {curve.base_rate:.1%} positive"
     axes.axhline(curve.base_rate, color=_GREY, linestyle="--", linewidth=1, label=chance)
-    _curve(axes, curve, "steps-pre", _area("AP", average, bounds))
+    _curve(axes, curve, "steps-pre", _area("average precision", average, bounds))
     axes.set_xlabel("recall (sensitivity)")
     axes.set_ylabel("precision")
-    axes.set_title(_words(label))
-    # The corner that the curve leaves free: below a good one, above a poor one.
-    axes.legend(loc="lower left" if (average or 0) > 0.5 else "upper right", fontsize=8.5)
+    _legend_below(figure)
     return figure
 
 
-def _figure(width_in: float, height_in: float) -> tuple[Any, Any]:
-    figure = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
+def _figure(label: str, what: str, *, legend_lines: int = 0, left_in: float = 0.7) -> tuple[Any, Any]:
+    """A figure of one square between a title and a legend, all laid out in inches so that nothing is ever clipped."""
+    title = textwrap.wrap(f"{_words(label)}: {what}", 48)
+    top_in, bottom_in = 0.12 + 0.2 * len(title), 0.55 + 0.2 * legend_lines
+    width_in, height_in = left_in + _SQUARE_IN + 0.2, top_in + _SQUARE_IN + bottom_in
+    figure = Figure(figsize=(width_in, height_in), facecolor="white")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    figure.text(0.5, 1 - 0.06 / height_in, "\n".join(title), ha="center", va="top", fontsize=11)
+    square = (left_in / width_in, bottom_in / height_in, _SQUARE_IN / width_in, _SQUARE_IN / height_in)
+    return figure, figure.add_axes(square)
+
+
+def _legend_below(figure: Any) -> None:
+    # Below the axes: inside there is no corner that every curve and band leaves free.
+    figure.legend(loc="lower center", fontsize=9, frameon=False, borderaxespad=0.1)
 
 
 def _curve(axes: Any, curve: Curve, style: str, name: str) -> None:
@@ -188,7 +198,8 @@ def _curve(axes: Any, curve: Curve, style: str, name: str) -> None:
     axes.plot(curve.x_T, curve.y_T, color=_LINE, linewidth=1.8, drawstyle=style, label=name)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
-    axes.set_aspect("equal")
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_yticks(np.linspace(0, 1, 6))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
 
@@ -224,7 +235,9 @@ def maps_figure(rows: Sequence[MapRow], label: str) -> Any:
 
     def at(x_in: float, y_in: float, w_in: float, h_in: float) -> Any:
         axes = figure.add_axes((x_in / total_w, 1 - (y_in + h_in) / total_h, w_in / total_w, h_in / total_h))
-        axes.set_axis_off()
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
         return axes
 
     def write(x_in: float, y_in: float, text: str, **style: Any) -> None:
@@ -256,7 +269,8 @@ def _panel(axes: Any, row: MapRow, name: str | None, *, overlay: bool) -> None:
         low, high = float(inside.min()), float(inside.max())
         scaled_HW = np.clip((row.maps[name] - low) / (high - low if high > low else 1.0), 0, 1)
         colour_HW4 = colormaps[_COLOURS](scaled_HW)
-        colour_HW4[..., 3] = np.where(row.breast_HW, 0.25 + 0.5 * scaled_HW if overlay else 1.0, 0.0)
+        colour_HW4[..., 3] = np.where(row.breast_HW, 0.1 + 0.55 * scaled_HW if overlay else 1.0, 0.0)
+        axes.set_facecolor(_OUTSIDE)
         axes.imshow(colour_HW4)
 
 
@@ -270,7 +284,6 @@ def _draw_boxes(axes: Any, boxes: Sequence[Box]) -> None:
 
 
 def _foot(figure: Any, axes: Any) -> None:
-    axes.set_axis_on()
     figure.colorbar(ScalarMappable(Normalize(0, 1), _COLOURS), cax=axes, orientation="horizontal", ticks=[])
     text = "each map: lowest to highest value inside the breast"
     axes.text(1.04, 0.5, text, va="center", fontsize=8, transform=axes.transAxes)

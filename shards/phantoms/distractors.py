@@ -18,7 +18,7 @@ def draw_distractors(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas)
     scars = [_scar(rng, anatomy, canvas) for _ in range(rng.integers(1, 4))]
     lines = [line for group in (*vessels, *scars) for line in group]
     layer_HW = draw_lines(canvas, lines, full_scale=0.3)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(0, 3)):
         _island(rng, anatomy, canvas, layer_HW)
     for _ in range(rng.integers(1, 3)):
         _lymph_node(rng, anatomy, canvas, layer_HW)
@@ -74,7 +74,7 @@ def _island(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, layer_HW
     centre, size_mm = _points(rng, anatomy, canvas, 1, 10)[0], rng.uniform(4, 10)
     count = int(rng.integers(4, 9))
     x, y = centre[0] + rng.normal(0, size_mm, count), centre[1] + rng.normal(0, size_mm, count)
-    add_spots(layer_HW, canvas, x, y, rng.uniform(0.3, 0.8, count) * size_mm, rng.uniform(0.02, 0.07, count))
+    add_spots(layer_HW, canvas, x, y, rng.uniform(0.3, 0.8, count) * size_mm, rng.uniform(0.02, 0.06, count))
 
 
 def _lymph_node(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, layer_HW: Float) -> None:

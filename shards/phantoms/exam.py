@@ -105,8 +105,8 @@ def _mass(rng: np.random.Generator) -> MassPlan:
     margins: tuple[Margin, ...] = ("round", "lobulated", "spiculated")
     return MassPlan(
         margin=margins[rng.integers(3)],
-        diameter_mm=float(np.exp(rng.triangular(np.log(6), np.log(24), np.log(40)))),
-        contrast=rng.uniform(0.22, 0.38),
+        diameter_mm=float(np.exp(rng.triangular(np.log(6), np.log(28), np.log(40)))),
+        contrast=rng.uniform(0.28, 0.44),
         share=rng.uniform(0.15, 0.85),
     )
 

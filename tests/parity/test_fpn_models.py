@@ -50,7 +50,9 @@ def check_branches(output: BagOutput, array: dict[str, np.ndarray], *, tolerance
     assert output.attention is not None
     assert difference(output.scale_logit_SBK[:, :, 0].T, array["tiny/side_logits"]) <= tolerance
     for scale in SCALES:
-        assert difference(output.attention[scale][:, 0], array[f"tiny/scores_{scale}"]) <= tolerance
+        assert (
+            difference(output.attention[scale][:, 0], array[f"tiny/scores_{scale}"]) <= tolerance / 100
+        )  # small numbers
 
 
 @functools.cache

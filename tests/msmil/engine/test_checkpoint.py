@@ -51,7 +51,8 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_pointers_and_the_newest(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None and pointed(tmp_path, "latest") is None
+    assert newest(tmp_path) is None
+    assert pointed(tmp_path, "latest") is None
     for step in (2, 10):
         save(tmp_path, step)
     point(tmp_path, "best", "step_00000002")
@@ -99,7 +100,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
         pytest.skip("needs root to mount a small tmpfs")
     yield folder
     subprocess.run(["umount", folder], check=True)

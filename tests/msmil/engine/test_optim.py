@@ -80,7 +80,9 @@ def test_moments_by_name_continue_the_optimizer_exactly() -> None:
     other = Net()
     other.load_state_dict(net.state_dict())
     resumed = build_optimizer(other, OptimConfig(lr=1e-2))
-    load_optimizer_tensors(other, resumed, {key: value.clone() for key, value in optimizer_tensors(net, optimizer).items()})
+    load_optimizer_tensors(
+        other, resumed, {key: value.clone() for key, value in optimizer_tensors(net, optimizer).items()}
+    )
     for pair in ((net, optimizer), (other, resumed)):
         a_step(*pair, 2)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))

@@ -1,0 +1,101 @@
+"""`msmil pack OUT`: an archive of mammograms becomes WebDataset tars and a manifest."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from shards.sources.base import Archive
+
+_FOLDER_HELP = """\
+--source folder reads a CSV with a row per image:
+  image        path below --images             patient_id
+  laterality   L or R                          view         CC or MLO
+  one column per label: 1, 0 or empty (unknown)
+  optional: image_id, exam_id, split (training, validation, test), fold, manufacturer, density, birads
+--boxes adds a CSV with image, label, x0, y0, x1, y1 in pixels of the image file (x1, y1 exclusive).
+
+examples:
+  msmil pack data/shards --table vindrmammo_grouped_df.csv --images images_png
+  msmil pack data/mine --source folder --table mine.csv --images pictures --recipe mammoclip
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `msmil pack`."""
+    parser = subparsers.add_parser(
+        "pack",
+        help="images + table -> WebDataset tars + manifest",
+        description="Pack an archive. Interrupted, the same command goes on where it stopped; "
+        "the same input gives the same bytes for any number of processes.",
+        epilog=_FOLDER_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("out", metavar="OUT", type=Path, help="folder for the tars and the manifest")
+    add("--table", type=Path, required=True, metavar="CSV", help="the archive's table")
+    add("--images", type=Path, required=True, metavar="DIR", help="folder of the archive's images")
+    add("--source", choices=("grouped", "folder"), default="grouped", help="layout of table and folder (%(default)s)")
+    add("--boxes", type=Path, metavar="CSV", help="table of boxes (--source folder)")
+    add("--labels", nargs="+", metavar="LABEL", help="labels to keep (all that the source offers)")
+    add("--recipe", choices=("as_is", "mammoclip"), default="as_is", help="preparation of pixels (%(default)s)")
+    add("--height", type=int, metavar="PX", help="stored height (mammoclip: 1520; as_is: that of the first image)")
+    add("--width", type=int, metavar="PX", help="stored width (mammoclip: 912; as_is: that of the first image)")
+    add("--codec", choices=("png", "zstd"), default="png", help="png is smaller, zstd decodes faster (%(default)s)")
+    validation = parser.add_mutually_exclusive_group()
+    validation.add_argument(
+        "--validation-fraction",
+        type=float,
+        metavar="X",
+        help="share of the training patients that validates (0.15 where the table marks none)",
+    )
+    validation.add_argument("--validation-fold", type=int, metavar="K", help="the table's fold that validates")
+    add("--seed", type=int, default=0, help="seed of the validation split and of the order (%(default)s)")
+    add("--samples-per-shard", type=int, default=256, metavar="N", help="most images in a tar (%(default)s)")
+    add("--processes", type=int, metavar="N", help="processes (one per core)")
+    add("--on-broken", choices=("stop", "drop"), default="stop", help="what a broken image does (%(default)s)")
+    add("--quiet", action="store_true", help="no progress, no table")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the archive, pack it, print what was packed."""
+    from shards.pack import pack
+    from shards.recipes import make_recipe
+    from shards.splits import Validation
+
+    recipe = make_recipe(args.recipe, height_px=args.height, width_px=args.width)
+    report = pack(
+        _read(args),
+        args.out,
+        recipe=recipe,
+        codec=args.codec,
+        labels=args.labels,
+        validation=Validation(fraction=args.validation_fraction, fold=args.validation_fold),
+        seed=args.seed,
+        samples_per_shard=args.samples_per_shard,
+        processes=args.processes,
+        drop_broken=args.on_broken == "drop",
+        quiet=args.quiet,
+    )
+    if not args.quiet:
+        print(report)
+    return 0
+
+
+def _read(args: argparse.Namespace) -> Archive:
+    if not args.images.is_dir():
+        raise UserError("is no folder", fix="give the folder of the images with --images", file=args.images)
+    if args.source == "folder":
+        from shards.sources.image_folder import read_image_folder
+
+        return read_image_folder(args.table, args.images, labels=args.labels, boxes=args.boxes)
+    if args.boxes is not None:
+        raise UserError("--boxes with --source grouped", fix="leave it out: that table holds its boxes itself")
+    from shards.sources.grouped_table import read_grouped_table
+
+    return read_grouped_table(args.table, args.images)

@@ -1,0 +1,86 @@
+"""What was packed, counted from the rows, and the table of it that is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shards import samples
+from shards.files import human_bytes
+from shards.manifest import Header
+from shards.types import SPLITS, UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackReport:
+    """What a packed folder holds, as its manifest says; `str()` of it is the table for people."""
+
+    directory: Path
+    header: Header
+
+    def __str__(self) -> str:
+        return "\n".join([*self._head(), "", *_aligned(self._rows()), *self._remarks()])
+
+    def _head(self) -> list[str]:
+        header = self.header
+        size = human_bytes(sum(shard["num_bytes"] for shard in header.shards))
+        return [
+            f"{header.name} in {self.directory}: {len(header.shards)} shards, {size}",
+            f"images {header.height_px} x {header.width_px} (height x width) {header.dtype}, recipe "
+            f"{header.recipe['name']}, codec {header.codec}",
+            f"fingerprint {header.fingerprint}",
+        ]
+
+    def _rows(self) -> list[list[str]]:
+        counts = self.header.counts
+        rows = [["", *SPLITS, "all"]]
+        rows += [_line(what, counts[what]) for what in ("images", "exams", "patients")]
+        for label in self.header.labels:
+            rows.append(_line(f"{label} positive", counts["positives"][label]))
+            if any(counts["unknown"][label].values()):
+                rows.append(_line(f"{label} unknown", counts["unknown"][label]))
+            rows.append(_line(f"{label} boxes", counts["boxes"][label]))
+        return rows
+
+    def _remarks(self) -> list[str]:
+        lines = [f"mended: {count} {what}" for what, count in self.header.notes.items()]
+        for dropped in self.header.dropped:
+            names = ", ".join(dropped["image_ids"][:5]) + (", ..." if dropped["count"] > 5 else "")
+            lines.append(f"left out: {dropped['count']} images, {dropped['reason']} ({names})")
+        return ["", *lines] if lines else []
+
+
+def count(table: pa.Table, labels: Sequence[str]) -> dict[str, Any]:
+    """Images, exams, patients, positives, unknowns and boxes by split, from a table of samples with plain texts."""
+    counts: dict[str, Any] = {"images": {}, "exams": {}, "patients": {}}
+    counts |= {what: {label: {} for label in labels} for what in ("positives", "unknown", "boxes")}
+    for split in SPLITS:
+        part = table.filter(pc.field("split") == split)
+        counts["images"][split] = part.num_rows
+        counts["exams"][split] = len(part.column("exam_id").unique())
+        counts["patients"][split] = len(part.column("patient_id").unique())
+        box_labels = pc.struct_field(pc.list_flatten(part.column("boxes")), "label").to_numpy(zero_copy_only=False)
+        for label in labels:
+            known_N = part.column(samples.LABEL_PREFIX + label).to_numpy()
+            counts["positives"][label][split] = int((known_N == 1).sum())
+            counts["unknown"][label][split] = int((known_N == UNKNOWN).sum())
+            counts["boxes"][label][split] = int(np.sum(box_labels == label))
+    return counts
+
+
+def _line(name: str, by_split: dict[str, int]) -> list[str]:
+    return [name, *(str(by_split[split]) for split in SPLITS), str(sum(by_split.values()))]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

@@ -1,0 +1,169 @@
+"""Read a packed folder again, everything in it, and tell all that is wrong. N rows (samples), K labels, H W pixels."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from shards.codecs import EXTENSION
+from shards.errors import UserError
+from shards.files import sha256_file
+from shards.fingerprint import fingerprint, pixels_sha256
+from shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest
+from shards.pack_shard import member_json
+from shards.pool import default_processes, run_tasks
+from shards.reader import ShardReader
+
+_DIGEST_BYTES: Final = 32
+_SHOWN_PER_FILE: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong with a file of the folder."""
+
+    file: str
+    thing: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What was read and what is wrong; `str()` of it is the table for people."""
+
+    directory: Path
+    images: int
+    shards: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        head = f"{self.directory}: {self.images} images in {self.shards} shards"
+        if self.ok:
+            return f"{head}, all as packed"
+        files = list(dict.fromkeys(problem.file for problem in self.problems))
+        width = max(len(file) for file in files)
+        lines = []
+        for file in files:
+            things = [problem.thing for problem in self.problems if problem.file == file]
+            lines += [f"{file:<{width}}  {thing}" for thing in things[:_SHOWN_PER_FILE]]
+            if len(things) > _SHOWN_PER_FILE:
+                lines.append(f"{file:<{width}}  ... and {len(things) - _SHOWN_PER_FILE} more")
+        return "\n".join([f"{head}, {len(self.problems)} problems in {len(files)} files", "", *lines])
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    manifest: Manifest
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """The problems of a shard, and the digests of its images' pixels in order (empty where one is broken)."""
+
+    problems: list[Problem]
+    pixels: bytes
+
+
+def verify(directory: str | Path, *, processes: int | None = None, quiet: bool = False) -> VerifyReport:
+    """Check every tar's size and checksum, every image's checksum, size and type, every json, and the fingerprint.
+
+    Args:
+        directory: what `pack` wrote.
+        processes: how many at a time; by default one per core.
+        quiet: show no progress.
+
+    Raises:
+        UserError: the manifest itself cannot be read. What is wrong with the shards is in the report.
+    """
+    manifest = read_manifest(directory)
+    checked = run_tasks(
+        _check_shard,
+        [_Task(manifest, shard) for shard in range(len(manifest.shards))],
+        processes=processes or default_processes(),
+        what="verifying",
+        unit="images",
+        total=len(manifest),
+        quiet=quiet,
+    )
+    problems = [problem for shard in checked for problem in shard.problems]
+    if not problems and _fingerprint(manifest, b"".join(shard.pixels for shard in checked)) != manifest.fingerprint:
+        problems.append(Problem(MANIFEST_NAME, "its fingerprint is not that of the images, labels and splits"))
+    return VerifyReport(
+        directory=manifest.directory, images=len(manifest), shards=len(manifest.shards), problems=tuple(problems)
+    )
+
+
+def _check_shard(task: _Task, tick: Callable[[], object]) -> _Checked:
+    manifest, info = task.manifest, task.manifest.shards[task.shard]
+    path = manifest.directory / info.name
+    row_S = np.flatnonzero(manifest.shard_N() == task.shard)
+    if not path.is_file():
+        return _Checked([Problem(info.name, "missing")], b"")
+    things = _check_file(path, info)
+    if len(row_S) != info.num_samples:
+        things.append(f"the manifest counts {info.num_samples} samples, samples.arrow {len(row_S)}")
+    things += _check_members(manifest, path, row_S)
+    pixels = []
+    with ShardReader(manifest) as reader:
+        for row in row_S.tolist():
+            tick()
+            try:
+                pixels.append(pixels_sha256(reader.read(row)))
+            except UserError as error:
+                things.append(error.thing)
+    return _Checked([Problem(info.name, thing) for thing in things], b"".join(pixels))
+
+
+def _check_file(path: Path, info: ShardInfo) -> list[str]:
+    size = path.stat().st_size
+    if size != info.num_bytes:
+        return [f"{'truncated' if size < info.num_bytes else 'too long'}: {size} bytes instead of {info.num_bytes}"]
+    if sha256_file(path).hex() != info.sha256:
+        return ["changed: its checksum is another"]
+    return []
+
+
+def _check_members(manifest: Manifest, path: Path, row_S: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[str]:
+    """Names and order of the members, the place of each image, and that each json says what the manifest says."""
+    things: list[str] = []
+    records = [manifest.record(row) for row in row_S.tolist()]
+    suffixes = ("json", EXTENSION[manifest.codec])
+    expected = [f"{record.key}.{suffix}" for record in records for suffix in suffixes]
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = tar.getmembers()
+            if [member.name for member in members] != expected:
+                return ["its members are not the samples of the manifest, in their order"]
+            for record, document, image in zip(records, members[::2], members[1::2], strict=True):
+                file = tar.extractfile(document)
+                if file is None or file.read() != member_json(record):
+                    things.append(f"{document.name} does not say what samples.arrow says")
+                if image.offset_data != record.offset_bytes:
+                    things.append(f"{image.name} is not at byte {record.offset_bytes}")
+    except (tarfile.TarError, OSError) as error:
+        things.append(f"is no readable tar ({error})")
+    return things
+
+
+def _fingerprint(manifest: Manifest, pixels: bytes) -> str:
+    return fingerprint(
+        labels=manifest.labels,
+        height_px=manifest.height_px,
+        width_px=manifest.width_px,
+        dtype=manifest.dtype,
+        recipe=manifest.recipe,
+        shard_N=manifest.shard_N(),
+        split_N=manifest.text("split", np.arange(len(manifest))),
+        label_NK=manifest.label_NK(manifest.labels),
+        pixels_N32=np.frombuffer(pixels, np.uint8).reshape(-1, _DIGEST_BYTES),
+    )

@@ -1,0 +1,40 @@
+"""What all tests share: a small archive, the same packed, and real mammograms where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from shards.pack import pack
+from shards.recipes import AsIs
+from shards.sources.grouped_table import read_grouped_table
+from tests.archives import LABELS, GroupedArchive, make_grouped_archive
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real mammograms; tests that use it are skipped where it is absent."""
+    folder = Path(os.environ.get("MSMIL_TEST_DATA", _ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real mammograms in {folder}; set MSMIL_TEST_DATA to their folder")
+    return folder
+
+
+@pytest.fixture
+def tiny_archive(tmp_path: Path) -> GroupedArchive:
+    """Six exams of 64 x 48 pixels, for a test to change as it likes."""
+    return make_grouped_archive(tmp_path / "archive", exams=6)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed folder for reading only: 96 images of 64 x 48 in 8 shards, two labels, all three splits."""
+    folder = tmp_path_factory.mktemp("packed")
+    archive = make_grouped_archive(folder / "archive", exams=24)
+    rows = read_grouped_table(archive.table, archive.images)
+    pack(rows, folder / "shards", recipe=AsIs(), labels=LABELS, samples_per_shard=12, processes=1, quiet=True)
+    return folder / "shards"

@@ -1,0 +1,245 @@
+"""`msmil train` and `msmil evaluate` as a user runs them, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from msmil.engine.checkpoint import load_checkpoint, newest, pointed
+from shards.manifest import read_manifest
+from tests.experiments import write_tiny
+from tests.worlds import ROOT, environment, msmil, run
+
+pytestmark = pytest.mark.slow
+
+
+def scalars(folder: Path) -> dict[str, list[int]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Path:
+    """A run of two CPU ranks."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = msmil("train", str(write_tiny(folder, packed)), "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+def test_a_run_folder_explains_itself(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "environment.txt", "log.txt", "checkpoints", "tensorboard"} <= names
+    assert "epoch 2 of 2: loss" in (trained / "log.txt").read_text()
+    checkpoint = newest(trained / "checkpoints")
+    assert checkpoint is not None
+    assert load_checkpoint(checkpoint).state.epoch == 2
+    assert (checkpoint / "config.yaml").read_text() == (trained / "config.yaml").read_text()
+    assert pointed(trained / "checkpoints", "best") is not None
+
+
+def test_tensorboard_has_what_a_person_watches(trained: Path) -> None:
+    tags = set(scalars(trained / "tensorboard"))
+    losses = {"total", "aggregated", "label/Mass", "label/Suspicious_Calcification", "scale/8", "scale/16"}
+    phases = {"wait", "forward", "backward", "optimizer", "step"}
+    assert {f"train/loss/{name}" for name in losses} <= tags
+    assert {f"train/seconds/{name}" for name in phases} <= tags
+    assert {"train/gradient_norm", "train/images_per_s", "train/memory_gb", "train/lr/backbone/decay"} <= tags
+    assert {"val/auroc/mean", "val/auroc/Mass", "val/auroc/Mass/scale_8", "val/average_precision/Mass"} <= tags
+
+
+def test_evaluation_counts_every_image_once(trained: Path, packed: Path) -> None:
+    done = msmil("evaluate", str(trained), "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(packed)
+    for split in ("val", "test"):
+        with (trained / "predictions" / f"{split}.csv").open() as file:
+            rows = [row["image_id"] for row in csv.DictReader(file)]
+        assert sorted(rows) == sorted(manifest.text("image_id", manifest.rows(split)))
+    results = json.loads((trained / "metrics" / "test.json").read_text())
+    assert set(results["labels"]) == {"Mass", "Suspicious_Calcification"}
+    assert set(results["labels"]["Mass"]["scales"]) == {"8", "16"}
+    names = {"merged", "attention_8", "attention_16", "instance_8", "instance_16"}
+    assert set(results["localisation"]["Mass"]) == names
+    figures = {path.name for path in (trained / "figures").iterdir()}
+    kinds = ("roc", "precision_recall", "confusion", "maps")
+    assert {f"test_Mass_{kind}.png" for kind in kinds} <= figures
+
+
+def test_one_rank_and_two_evaluate_alike(trained: Path, tmp_path: Path) -> None:
+    tables = []
+    for ranks in ("1", "2"):
+        copy = tmp_path / ranks
+        shutil.copytree(trained, copy)
+        assert msmil("evaluate", str(copy), "--ranks", ranks).returncode == 0
+        with (copy / "predictions" / "test.csv").open() as file:
+            tables.append(list(csv.DictReader(file)))
+    assert [row["image_id"] for row in tables[0]] == [row["image_id"] for row in tables[1]]
+    for a, b in zip(*tables, strict=True):
+        assert float(a["probability_Mass"]) == pytest.approx(float(b["probability_Mass"]), abs=1e-6)
+
+
+def test_the_same_command_again_does_nothing_more(trained: Path) -> None:
+    done = msmil("train", str(trained / "config.yaml"), "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+    assert "already trained" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_raw_launchers_start_the_same_training(tmp_path: Path, packed: Path, launcher: str) -> None:
+    config = str(write_tiny(tmp_path, packed, name=launcher, train={"epochs": 1}))
+    if launcher == "torchrun":
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "launch.train", config]
+    else:
+        layout = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+        command = ["accelerate.commands.launch", *layout, "-m", "launch.train", config]
+    done = run([sys.executable, "-m", *command], deadline_s=120)
+    assert done.returncode == 0, done.stderr
+    assert newest(tmp_path / "runs" / launcher / "checkpoints") is not None
+
+
+@pytest.mark.parametrize(
+    ("sections", "arguments", "named"),
+    [
+        ({"optim": {"learning_rate": 1}}, [], ("tiny.yaml", "unknown key optim.learning_rate")),
+        ({}, ["optm.lr=1"], ("optm", "optim")),
+        ({"train": {"batch_size": 7}}, [], ("batch size of 7", "2 ranks")),
+        ({"train": {"batch_size": 600}}, [], ("600", "samples")),
+        ({"data": {"labels": ["Masss"]}}, [], ("Masss", "Mass")),
+        ({"model": {"backbone": "resnet10"}}, [], ("resnet10", "resnet10t")),
+        ({"model": {"scales": [2, 3]}}, [], ("model.scales",)),
+        ({"bags": {"pad_multiple_px": 8}}, [], ("bags.pad_multiple_px", "16")),
+        ({"train": {"precision": "fp16"}}, [], ("fp16", "GPU")),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    tmp_path: Path, packed: Path, sections: dict[str, object], arguments: list[str], named: tuple[str, ...]
+) -> None:
+    done = msmil("train", str(write_tiny(tmp_path, packed, **sections)), *arguments, "--ranks", "2")
+    assert_refused(done, *named)
+    assert not (tmp_path / "runs").exists()
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *named: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("msmil: error:")]
+    assert len(lines) == 1, done.stderr
+    assert "Fix:" in lines[0]
+    for text in named:
+        assert text in lines[0]
+
+
+def test_a_folder_with_another_configuration_is_refused(trained: Path, packed: Path) -> None:
+    config = write_tiny(trained.parents[1], packed, optim={"lr": 0.5})
+    assert_refused(msmil("train", str(config), "--ranks", "2"), "optim.lr is 0.001 there and 0.5 now")
+
+
+def test_a_variable_that_says_otherwise_is_refused(tmp_path: Path, packed: Path) -> None:
+    done = msmil("train", str(write_tiny(tmp_path, packed)), ACCELERATE_MIXED_PRECISION="bf16")
+    assert_refused(done, "ACCELERATE_MIXED_PRECISION=bf16", "train.precision: fp32")
+
+
+def copy_shards(packed: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "shards"
+    shutil.copytree(packed, copy)
+    return copy
+
+
+def test_a_truncated_tar_is_named_before_anything_starts(tmp_path: Path, packed: Path) -> None:
+    copy = copy_shards(packed, tmp_path)
+    tar = sorted(copy.glob("*.tar"))[0]
+    os.truncate(tar, tar.stat().st_size // 2)
+    assert_refused(msmil("train", str(write_tiny(tmp_path, copy)), "--ranks", "2"), tar.name)
+
+
+def test_a_changed_tar_stops_all_ranks_with_its_name(tmp_path: Path, packed: Path) -> None:
+    copy = copy_shards(packed, tmp_path)
+    manifest = read_manifest(copy)
+    row = int(manifest.rows("train")[0])
+    shard, offset, size, _ = manifest.location(row)
+    tar = copy / manifest.shards[shard].name
+    data = bytearray(tar.read_bytes())
+    data[offset + size // 2] ^= 0xFF
+    tar.write_bytes(data)
+    done = msmil("train", str(write_tiny(tmp_path, copy)), "--ranks", "2")
+    assert_refused(done, tar.name, manifest.record(row).key)
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path: Path, packed: Path) -> None:
+    copy = copy_shards(packed, tmp_path)
+    file = copy / "manifest.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"schema_version": 99}))
+    assert_refused(msmil("train", str(write_tiny(tmp_path, copy)), "--ranks", "2"), "manifest.json", "99")
+
+
+def test_a_loss_that_is_not_finite_names_the_samples(tmp_path: Path, packed: Path) -> None:
+    config = write_tiny(tmp_path, packed, optim={"lr": 1e30, "warmup_epochs": 0})
+    done = msmil("train", str(config), "--ranks", "2")
+    assert_refused(done, "not finite", "the batch held the samples")
+    manifest = read_manifest(packed)
+    assert sum(manifest.record(int(row)).key in done.stderr for row in manifest.rows("train")) == 6
+
+
+def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(tmp_path: Path, packed: Path) -> None:
+    config = write_tiny(tmp_path, packed, name="killed", train={"epochs": 200}, checkpoint={"every_steps": 1})
+    command = [sys.executable, "-m", "launch.cli", "train", str(config), "--ranks", "2"]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
+    wait_for(lambda: len(list(checkpoints.glob("step_*"))) >= 2, deadline_s=60)
+    rank_pids = children_running("launch.train", process.pid)
+    assert len(rank_pids) == 2
+    os.kill(rank_pids[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, 2)
+    assert "killed by SIGKILL" in err
+    assert "Traceback" not in err.splitlines()[-1]
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() and alive(pid) for pid in rank_pids), deadline_s=30)
+    stopped = load_checkpoint(newest(checkpoints) or Path()).state.step
+    tree = yaml.safe_load(config.read_text())
+    assert tree["train"]["epochs"] == 200
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: int((newest(checkpoints) or Path("step_0")).name[5:]) > stopped, deadline_s=60)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert f"step {stopped}" in err
+    steps = scalars(tmp_path / "runs" / "killed" / "tensorboard")["train/loss/total"]
+    assert steps == sorted(set(steps)), "a resumed curve has no overlap"
+
+
+def wait_for(condition: object, *, deadline_s: float) -> None:
+    assert callable(condition)
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not within {deadline_s} s"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def children_running(module: str, ancestor: int) -> list[int]:
+    """Pids of the descendants that run a module, in the order they were started."""
+    found, frontier = [], [ancestor]
+    while frontier:
+        pid = frontier.pop()
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            children = [int(child) for child in task.read_text().split()]
+            frontier += children
+            found += [c for c in children if module in Path(f"/proc/{c}/cmdline").read_text()]
+    return sorted(found)

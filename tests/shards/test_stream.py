@@ -1,0 +1,214 @@
+"""Batches: the plan's samples with their pixels and labels, the same from any number of ranks and processes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from shards import stream as stream_module
+from shards.errors import UserError
+from shards.manifest import Manifest, read_manifest
+from shards.pack import pack
+from shards.plan import EpochPlan
+from shards.reader import ShardReader
+from shards.recipes import AsIs
+from shards.sources.grouped_table import read_grouped_table
+from shards.stream import evaluation_stream, train_stream
+from shards.types import Batch
+from tests.archives import LABELS, make_grouped_archive
+
+ORDER = {"seed": 3, "epoch": 1, "batch_size": 8, "last_batch": "pad", "block_shards": 2}
+LOADING = {"workers": 0, "prefetch_batches": 2, "pin_memory": False}
+with_processes = pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+
+
+@pytest.fixture(scope="module")
+def manifest(packed: Path) -> Manifest:
+    return read_manifest(packed)
+
+
+def training(manifest, **changes):
+    fields = {"labels": LABELS, "accumulation": 1, "world": 1, "rank": 0, "start_batch": 0} | ORDER | LOADING
+    return train_stream(manifest, **(fields | changes))
+
+
+def evaluating(manifest, rows, **changes):
+    return evaluation_stream(manifest, **({"labels": LABELS, "rows": rows, "batch_size": 5} | LOADING | changes))
+
+
+def plan_of(manifest, **changes):
+    row_M = manifest.rows("train")
+    return EpochPlan(rows_M=row_M, shard_M=manifest.shard_N()[row_M], **(ORDER | changes))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in Batch.__slots__)
+
+
+def broken_copy(packed: Path, folder: Path, row: int) -> Manifest:
+    """The packed folder with one byte of one sample changed."""
+    folder.mkdir()
+    for file in packed.iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    manifest = read_manifest(folder)
+    shard, offset, *_ = manifest.location(row)
+    with (folder / manifest.shards[shard].name).open("r+b") as tar:
+        tar.seek(offset)
+        tar.write(b"?")
+    return manifest
+
+
+def test_a_batch_holds_pixels_labels_weights_and_rows(manifest):
+    plan, label_NK = plan_of(manifest), manifest.label_NK(LABELS)
+    batches = list(training(manifest))
+    assert len(batches) == plan.num_batches
+    with ShardReader(manifest) as reader:
+        for g, batch in enumerate(batches):
+            rows_B, weight_B = plan.batch(g)
+            assert batch.sample_B.dtype == torch.int64
+            assert batch.sample_B.tolist() == rows_B.tolist()
+            assert batch.weight_B.dtype == torch.float32
+            assert batch.weight_B.tolist() == weight_B.tolist()
+            assert batch.label_BK.dtype == torch.int8
+            assert batch.label_BK.tolist() == label_NK[rows_B].tolist()
+            assert batch.image_B1HW.dtype == torch.uint8
+            assert batch.image_B1HW.shape == (8, 1, 64, 48)
+            for image_1HW, row in zip(batch.image_B1HW, rows_B.tolist(), strict=True):
+                np.testing.assert_array_equal(image_1HW[0].numpy(), reader.read(row))
+
+
+def test_the_epoch_has_padding_in_this_test(manifest):
+    assert len(manifest.rows("train")) % 8 > 0
+
+
+def test_labels_come_in_the_order_asked_for(manifest):
+    forward = next(training(manifest)).label_BK
+    backward = next(training(manifest, labels=LABELS[::-1])).label_BK
+    assert torch.equal(forward, backward.flip(1))
+    assert not torch.equal(forward, backward)
+    assert next(training(manifest, labels=LABELS[:1])).label_BK.shape == (8, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"world": 2, "rank": 1, "accumulation": 2}, {"start_batch": 3}])
+def test_any_number_of_processes_gives_the_same_batches_in_the_same_order(manifest, changes):
+    expected = list(training(manifest, **changes))
+    assert expected
+    for workers in (1, 2, 3, 20):
+        batches = list(training(manifest, workers=workers, **changes))
+        assert len(batches) == len(expected)
+        assert all(map(same, batches, expected))
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2), (8, 1)])
+@pytest.mark.parametrize("start_batch", [0, 2])
+def test_ranks_and_micro_steps_together_make_the_global_batch(manifest, world, accumulation, start_batch):
+    plan = plan_of(manifest)
+    layout = {"world": world, "accumulation": accumulation, "start_batch": start_batch}
+    ranks = [list(training(manifest, rank=rank, **layout)) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {accumulation * (plan.num_batches - start_batch)}
+    assert {len(batch.sample_B) for batches in ranks for batch in batches} == {8 // world // accumulation}
+    for g in range(start_batch, plan.num_batches):
+        steps = range((g - start_batch) * accumulation, (g - start_batch + 1) * accumulation)
+        seen = [
+            pair
+            for batches in ranks
+            for step in steps
+            for pair in zip(batches[step].sample_B.tolist(), batches[step].weight_B.tolist(), strict=True)
+        ]
+        assert sorted(seen) == sorted(zip(*(x.tolist() for x in plan.batch(g)), strict=True))
+
+
+@with_processes
+def test_an_epoch_that_is_done_gives_nothing(manifest, workers):
+    assert list(training(manifest, start_batch=plan_of(manifest).num_batches, workers=workers)) == []
+
+
+@with_processes
+def test_evaluation_gives_the_rows_in_order_each_once(manifest, workers):
+    rows = manifest.rows("test")[2:][::-1].copy()
+    batches = list(evaluating(manifest, rows, workers=workers))
+    assert [row for batch in batches for row in batch.sample_B.tolist()] == rows.tolist()
+    assert {len(batch.sample_B) for batch in batches[:-1]} == {5}
+    assert len(batches[-1].sample_B) == len(rows) % 5 > 0
+    assert all((batch.weight_B == 1).all() for batch in batches)
+    label_NK = manifest.label_NK(LABELS)
+    assert np.concatenate([batch.label_BK for batch in batches]).tolist() == label_NK[rows].tolist()
+
+
+@with_processes
+def test_a_rank_without_samples_evaluates_nothing(manifest, workers):
+    assert list(evaluating(manifest, np.empty(0, np.int64), workers=workers)) == []
+
+
+@with_processes
+def test_sixteen_bit_images_travel_whole(tmp_path, workers):
+    archive = make_grouped_archive(tmp_path / "archive", exams=4, dtype=np.uint16)
+    rows = read_grouped_table(archive.table, archive.images)
+    pack(rows, tmp_path / "shards", recipe=AsIs(), codec="zstd", samples_per_shard=4, processes=1, quiet=True)
+    manifest = read_manifest(tmp_path / "shards")
+    batches = list(evaluating(manifest, np.arange(len(manifest)), workers=workers))
+    with ShardReader(manifest) as reader:
+        for batch in batches:
+            assert batch.image_B1HW.dtype == torch.uint16
+            for image_1HW, row in zip(batch.image_B1HW, batch.sample_B.tolist(), strict=True):
+                np.testing.assert_array_equal(image_1HW[0].numpy(), reader.read(row))
+    assert max(int(batch.image_B1HW.to(torch.int32).max()) for batch in batches) > 255
+
+
+@with_processes
+def test_a_broken_sample_is_the_readers_error_in_its_place(packed, tmp_path, workers):
+    row = int(plan_of(read_manifest(packed)).batch(3)[0][4])
+    manifest = broken_copy(packed, tmp_path / "broken", row)
+    with pytest.raises(UserError) as expected, ShardReader(manifest) as reader:
+        reader.read(row)
+    stream = training(manifest, workers=workers)
+    for g in range(3):
+        assert next(stream).sample_B.tolist() == plan_of(manifest).batch(g)[0].tolist()
+    with pytest.raises(UserError) as caught:
+        next(stream)
+    assert (caught.value.thing, caught.value.fix, caught.value.file) == (
+        expected.value.thing, expected.value.fix, expected.value.file,
+    )  # fmt: skip
+    assert f"(row {row})" in str(caught.value)
+
+
+@with_processes
+def test_torchs_global_generator_is_left_alone(manifest, workers):
+    before = torch.get_rng_state()
+    list(training(manifest, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(manifest):
+    with pytest.raises(UserError, match=r"samples for a global batch of 1000"):
+        training(manifest, batch_size=1000)
+    with pytest.raises(UserError, match="3 ranks x 1 accumulation"):
+        training(manifest, world=3)
+    with pytest.raises(UserError, match="no label 'Massss'"):
+        training(manifest, labels=["Massss"])
+    with pytest.raises(UserError, match="no label 'Massss'"):
+        evaluating(manifest, manifest.rows("test"), labels=["Massss"])
+
+
+def test_too_little_shared_memory_is_said_before_the_loader_hangs(manifest, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=16, f_frsize=4096))
+    with pytest.raises(UserError, match=r"2 decoding processes need 147.5 kB .* 65.5 kB are free.*--shm-size"):
+        training(manifest, workers=2)
+    next(training(manifest, workers=0))
+
+
+def test_what_is_sent_to_a_process_grows_by_a_few_bytes_a_sample(manifest):
+    def sent(count: int) -> int:
+        row_M, weight_M = np.zeros(count, np.int64), np.ones(count, np.float32)
+        share = stream_module._Share(manifest, labels=LABELS, row_M=row_M, weight_M=weight_M, size=8)
+        return len(pickle.dumps(share))
+
+    assert sent(100_000) - sent(1000) < 99_000 * 16
