@@ -234,6 +234,7 @@ def _check_ranges(config: Config) -> None:
     parts = (config.data, config.bags, config.bags.augment, config.model, config.loss, config.optim, config.train)
     names = ("data", "bags", "bags.augment", "model", "loss", "optim", "train")
     values = {f"{n}.{k}": v for n, part in zip(names, parts, strict=True) for k, v in vars(part).items()}
+    values["seed"] = config.seed
     for section in ("checkpoint", "evaluate", "tracking"):
         values |= {f"{section}.{k}": v for k, v in vars(getattr(config, section)).items()}
     for key in _AT_LEAST_ONE:
@@ -264,7 +265,7 @@ _AT_LEAST_ONE = (
     "tracking.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "data.workers", "bags.local_contrast", "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd",
+    "seed", "data.workers", "bags.local_contrast", "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd",
     "bags.augment.cutout_count", "loss.instance_weight", "optim.backbone_lr_factor", "optim.weight_decay",
     "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",
 )  # fmt: skip

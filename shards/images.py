@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Final
 
@@ -63,7 +64,11 @@ def read_grey(path: Path) -> Pixels:
     """
     check_file(path)
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        file = io.BytesIO(path.read_bytes())
+        # Pillow checks the checksums of a PNG file only when asked: zeros in the middle of one would decode to pixels.
+        Image.open(file, formats=_FORMATS).verify()
+        file.seek(0)
+        with Image.open(file, formats=_FORMATS) as image:
             image.load()
             if image.mode == "L":
                 return np.array(image, dtype=np.uint8)

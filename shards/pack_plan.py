@@ -149,9 +149,9 @@ def _check_files(rows: Sequence[SourceRow], drop_broken: bool) -> tuple[dict[str
 
 
 def _digest_rows(rows: Sequence[SourceRow], sizes: dict[str, int], labels: Sequence[str]) -> str:
-    """Everything about the rows that ends up in the shards, and the sizes of their files; paths do not count."""
+    """Everything about the rows that ends up in the shards, and the sizes of their files; not paths, not the order."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.image_id):
         told = [row.image_id, row.exam_id, row.patient_id, row.laterality, row.view, row.split, row.fold]
         told += [row.manufacturer, row.density, row.birads, sizes[row.image_id]]
         told += [[row.labels[label] for label in labels]]

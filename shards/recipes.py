@@ -180,4 +180,5 @@ def _area_sums(values_LX: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.in
     np.cumsum(values_LX, axis=0, out=sums_LX[1:])
     whole, rest = np.divmod(np.arange(size + 1) * length, size)
     at_end_SX = sums_LX[whole] * size + rest[:, None] * values_LX[np.minimum(whole, length - 1)]
-    return np.diff(at_end_SX, axis=0)
+    pieces_SX: npt.NDArray[np.int64] = np.diff(at_end_SX, axis=0)
+    return pieces_SX

@@ -116,7 +116,7 @@ def draw_tissue(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas) -> t
         np.float32(FAT)
         + np.float32(rng.uniform(0.16, 0.24)) * gland * (1 + np.float32(0.08) * strand_a)
         + np.float32(0.035) * texture
-        + np.float32(0.028) * ridge * np.maximum(np.float32(0.7) + np.float32(0.5) * texture + gland, 0)
+        + np.float32(0.022) * ridge * np.maximum(np.float32(0.7) + np.float32(0.5) * texture + gland, 0)
     )
     muscle = expit(anatomy.muscle_mm(canvas.x_mm, canvas.y_mm) * np.float32(0.8))
     level = np.float32(rng.uniform(0.55, 0.8)) + np.float32(0.03) * texture + np.float32(0.012) * strand_b

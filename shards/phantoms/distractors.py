@@ -18,12 +18,12 @@ def draw_distractors(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas)
     scars = [_scar(rng, anatomy, canvas) for _ in range(rng.integers(1, 4))]
     lines = [line for group in (*vessels, *scars) for line in group]
     layer_HW = draw_lines(canvas, lines, full_scale=0.3)
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(rng.integers(0, 2)):
         _island(rng, anatomy, canvas, layer_HW)
     for _ in range(rng.integers(1, 3)):
         _lymph_node(rng, anatomy, canvas, layer_HW)
     _calcifications(rng, anatomy, canvas, layer_HW)
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         _vascular_calcification(rng, vessels[0][0].points_mm, canvas, layer_HW)
     return layer_HW
 
@@ -104,7 +104,7 @@ def _calcifications(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, 
 
 def _vascular_calcification(rng: np.random.Generator, path_mm: Points, canvas: Canvas, layer_HW: Float) -> None:
     """Specks in a row along the wall of a vessel."""
-    count = int(rng.integers(8, 20))
+    count = int(rng.integers(5, 11))
     t = np.sort(rng.uniform(0, len(path_mm) - 1, count))
     x, y = (np.interp(t, np.arange(len(path_mm)), path_mm[:, k]) + rng.normal(0, 0.5, count) for k in (0, 1))
     add_spots(layer_HW, canvas, x, y, rng.uniform(*SPOT_SIGMA_MM, count), rng.uniform(*SPOT_AMPLITUDE, count))

@@ -97,11 +97,12 @@ def test_labels_come_in_the_order_asked_for(manifest):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("changes", [{}, {"world": 2, "rank": 1, "accumulation": 2}, {"start_batch": 3}])
 def test_any_number_of_processes_gives_the_same_batches_in_the_same_order(manifest, changes):
     expected = list(training(manifest, **changes))
     assert expected
-    for workers in (1, 2, 3, 20):
+    for workers in (1, 2, 5):
         batches = list(training(manifest, workers=workers, **changes))
         assert len(batches) == len(expected)
         assert all(map(same, batches, expected))

@@ -16,7 +16,7 @@ import torch
 from shards.errors import UserError
 from shards.manifest import read_manifest
 from shards.stream import train_stream
-from shards.workers import start_worker
+from shards.workers import start_server, start_worker
 from tests.archives import LABELS
 
 ROOT = Path(__file__).parents[2]
@@ -94,13 +94,12 @@ def test_a_killed_process_is_a_users_error(packed):
     next(stream)
     for pid in workers_of_this_process():
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="decoding process was killed.*Fix: give the job more memory"):
+    with pytest.raises(UserError, match=r"decoding process was killed.*Fix: give the job more memory"):
         list(stream)
 
 
 def test_a_decoding_process_computes_with_one_thread(packed):
-    context = multiprocessing.get_context("forkserver")
-    with context.Pool(1, initializer=start_worker, initargs=(0,)) as pool:
+    with start_server().Pool(1, initializer=start_worker, initargs=(0,)) as pool:
         assert pool.apply(torch.get_num_threads) == 1
 
 
@@ -111,33 +110,43 @@ if __name__ == "__main__":
     stream = stream_of(sys.argv[1])
     next(stream)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-    if sys.argv[2] == "wait":
-        time.sleep(60)
+    time.sleep(60 if sys.argv[2] == "wait" else 0.5)
 """
 
 
-def start_script(folder: Path, packed: Path, then: str) -> tuple[subprocess.Popen[str], list[int]]:
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), str(packed), then]
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    pids = [int(word) for word in process.stdout.readline().split()]
-    assert len(pids) == 2
-    return process, pids
+@pytest.fixture
+def start_script(packed, tmp_path):
+    """Starts a program that takes one batch; gives it, its decoding processes and their server."""
+    started = []
+
+    def start(then: str) -> tuple[subprocess.Popen[str], list[int], int]:
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT)
+        command = [sys.executable, str(script), str(packed), then]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        started.append(process.pid)
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 2
+        server = int(stat(pids[0])[1])
+        started.extend([*pids, server])
+        return process, pids, server
+
+    yield start
+    for pid in filter(alive, started):
+        os.kill(pid, signal.SIGKILL)
 
 
-def test_killing_the_training_process_ends_its_processes_and_their_server(packed, tmp_path):
-    process, pids = start_script(tmp_path, packed, "wait")
-    server = int(stat(pids[0])[1])
+def test_killing_the_training_process_ends_its_processes_and_their_server(start_script):
+    process, pids, server = start_script("wait")
     assert all(map(alive, (*pids, server)))
     process.kill()
     process.wait()
     assert wait_until(lambda: not any(map(alive, (*pids, server))))
 
 
-def test_a_program_that_ends_in_the_middle_of_an_epoch_ends(packed, tmp_path):
-    process, pids = start_script(tmp_path, packed, "end")
+def test_a_program_that_ends_in_the_middle_of_an_epoch_ends(start_script):
+    process, pids, server = start_script("end")
     assert process.wait(timeout=20) == 0
-    assert wait_until(lambda: not any(map(alive, pids)))
+    assert wait_until(lambda: not any(map(alive, (*pids, server))))

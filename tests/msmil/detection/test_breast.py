@@ -52,6 +52,16 @@ def test_a_dark_hole_inside_the_breast_belongs_to_it():
     assert breast_mask(image)[180:200, 60:80].all()
 
 
+def test_a_marker_that_touches_the_skin_is_cut_off():
+    image, breast = mammogram(384, 240, np.uint8)
+    y, x = np.mgrid[:384, :240]
+    marker = (y - 192) ** 2 + (x - 149) ** 2 < 4**2
+    image[marker] = 255
+    beyond = marker & ~breast & (x > 148)
+    assert beyond.sum() > 20
+    assert (breast_mask(image) & beyond).sum() <= 0.3 * beyond.sum()
+
+
 def test_an_image_that_tissue_fills_is_not_torn_apart():
     rng = np.random.default_rng(0)
     image = (100 + 20 * rng.random((200, 100))).astype(np.uint8)

@@ -183,6 +183,7 @@ def test_one_kind_of_map_is_enough(kind, names):
     wanted = map_names([8], attention=kind == "attention", instance=kind == "instance_logit")
     assert list(found) == wanted == ["merged", *names]
     assert int(found["merged"].argmax()) == int(found[names[0]].argmax())
+    assert float(found["merged"].max()) == 1
 
 
 def test_neither_kind_is_the_users_error():

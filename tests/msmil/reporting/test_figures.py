@@ -36,7 +36,7 @@ def predictions(label="Mass", *, seed=0, target=None, patients=30):
     rows = []
     for number in range(2 * patients):
         truth = int(rng.random() < 0.3) if target is None else target
-        probability = {label: float(1 / (1 + np.exp(-rng.normal() - 2 * truth)))}
+        probability = {label: float(1 / (1 + np.exp(-rng.normal() - truth)))}
         rows.append(
             Prediction(f"i{number}", f"e{number // 2}", f"secret{number // 2}", {label: truth}, probability, {}, {})
         )
@@ -86,11 +86,13 @@ def test_the_texts_state_the_results():
 
 
 def test_the_operating_point_lies_on_the_curve():
+    found, drawn = figures()
     curve, point = (
         np.column_stack(line.get_data())
-        for line in figures()[1]["Mass_roc"].axes[0].get_lines()
+        for line in drawn["Mass_roc"].axes[0].get_lines()
         if line.get_label().startswith(("AUROC", "threshold"))
     )
+    assert point[0].tolist() == [1 - found["specificity"], found["sensitivity"]]
     assert np.abs(curve - point).max(axis=1).min() < 1e-12
 
 
