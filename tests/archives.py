@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from shards.codecs import Pixels, decode
+from shards.manifest import Manifest
+from shards.pack import pack
+from shards.pack_report import PackReport
+from shards.recipes import AsIs
+from shards.sources.grouped_table import read_grouped_table
 
 LABELS = ("Mass", "Suspicious_Calcification")
 VIEWS = (("L", "CC"), ("L", "MLO"), ("R", "CC"), ("R", "MLO"))
@@ -139,3 +147,30 @@ def _cells(
         str(int("Mass" in labels)), str(int("Suspicious_Calcification" in labels)), *corners,
     )  # fmt: skip
     return dict(zip(COLUMNS, cells, strict=True))
+
+
+def pack_grouped(archive: GroupedArchive, out: Path, **options: Any) -> PackReport:
+    """Pack as the tests mostly want it: as it is, two labels, five images to a tar, in this process."""
+    defaults: dict[str, Any] = {
+        "recipe": AsIs(),
+        "labels": LABELS,
+        "samples_per_shard": 5,
+        "processes": 1,
+        "quiet": True,
+    }
+    return pack(read_grouped_table(archive.table, archive.images), out, **defaults | options)
+
+
+def stored_image(manifest: Manifest, row: int) -> Pixels:
+    """The pixels of a row, found by the manifest alone."""
+    shard, offset, num_bytes, _ = manifest.location(row)
+    data = (manifest.directory / manifest.shards[shard].name).read_bytes()[offset : offset + num_bytes]
+    codec: Any = manifest.codec
+    size = (manifest.height_px, manifest.width_px)
+    return decode(data, codec, expect_hw=size, dtype=manifest.dtype, name=str(row))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A digest of every file of a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -55,7 +55,7 @@ def maps(output: BagOutput, bag: Bag, breast_BHW: Tensor) -> Maps:
     """Maps of every scale and label, and their merger.
 
     Args:
-        output: of the model on `bag`, with attention, instance logits, or both.
+        output: of the model on `bag`, with attention, instance logits, or both; its scale weights in their order.
         bag: the bags, with the padding and the tiles' corners.
         breast_BHW: bool, the breast in the stored images (`breast_masks`), on the same device; not empty.
 

@@ -19,7 +19,9 @@ CLUSTER_MARGIN_MM: Final = 1.5
 VISIBLE: Final = 0.2  # share of a mass's contrast above which it belongs to the box
 
 
-def draw_lesions(rng: np.random.Generator, plan: BreastPlan, anatomy: Anatomy, canvas: Canvas) -> tuple[Float, list[Box]]:
+def draw_lesions(
+    rng: np.random.Generator, plan: BreastPlan, anatomy: Anatomy, canvas: Canvas
+) -> tuple[Float, list[Box]]:
     """A layer [H, W] with the lesions of one view, and their boxes in pixels; the chest wall is at the left."""
     layer_HW, boxes, taken = canvas.zeros(), [], np.zeros((0, 3))
     for mass in plan.masses:
@@ -36,7 +38,12 @@ def draw_lesions(rng: np.random.Generator, plan: BreastPlan, anatomy: Anatomy, c
 
 
 def _place(
-    rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, share: float, radius_mm: float, taken: NDArray[np.float64]
+    rng: np.random.Generator,
+    anatomy: Anatomy,
+    canvas: Canvas,
+    share: float,
+    radius_mm: float,
+    taken: NDArray[np.float64],
 ) -> tuple[float, float]:
     """A point at about the wanted share of the depth, inside the breast, off the muscle and off other lesions."""
     x, y = rng.uniform(0, anatomy.depth_mm, 400), rng.uniform(0, FIELD_HEIGHT_MM, 400)
@@ -48,7 +55,12 @@ def _place(
 
 
 def _draw_mass(
-    rng: np.random.Generator, mass: MassPlan, at_mm: tuple[float, float], radius_mm: float, layer_HW: Float, canvas: Canvas
+    rng: np.random.Generator,
+    mass: MassPlan,
+    at_mm: tuple[float, float],
+    radius_mm: float,
+    layer_HW: Float,
+    canvas: Canvas,
 ) -> Box:
     window, dx, dy = canvas.window(*at_mm, 1.5 * radius_mm)
     turn, ratio = rng.uniform(0, np.pi), rng.uniform(0.75, 1)
@@ -57,7 +69,8 @@ def _draw_mass(
     distance, angle = np.hypot(along, across) / np.float32(radius_mm), np.arctan2(across, along)
     wave = {"round": 0.02, "lobulated": 0.11, "spiculated": 0.05}[mass.margin]
     lobes = sum(
-        np.float32(rng.normal(0, wave)) * np.sin(k * angle + np.float32(rng.uniform(0, 2 * np.pi))) for k in (2, 3, 4, 5)
+        np.float32(rng.normal(0, wave)) * np.sin(k * angle + np.float32(rng.uniform(0, 2 * np.pi)))
+        for k in (2, 3, 4, 5)
     )
     core = {"round": 0.86, "lobulated": 0.84, "spiculated": 0.55}[mass.margin]
     edge = {"round": 4.0, "lobulated": 4.0, "spiculated": 2.2}[mass.margin]

@@ -39,7 +39,9 @@ def random_fields(rng: np.random.Generator, canvas: Canvas) -> tuple[Float, Floa
     exponent near 3); the other two are limited to periods around 9 mm.
     """
     power_law, band = _spectra(canvas.height_px, canvas.width_px)
-    noise: NDArray[np.complex64] = rng.standard_normal((*power_law.shape, 2), dtype=np.float32).view(np.complex64)[..., 0]
+    noise: NDArray[np.complex64] = rng.standard_normal((*power_law.shape, 2), dtype=np.float32).view(np.complex64)[
+        ..., 0
+    ]
     crop = np.s_[: canvas.height_px, : canvas.width_px]
     first = ifft2(noise * power_law)[crop]
     second = ifft2(noise * band)[crop]

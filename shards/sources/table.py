@@ -93,7 +93,7 @@ def read_table(file: Path, *, required: Sequence[str], id_column: str) -> Table:
     try:
         frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
     except FileNotFoundError as error:
-        raise UserError("the table is missing", fix="check the path given with --table", file=file) from error
+        raise UserError("the table is missing", fix="check its path", file=file) from error
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, IsADirectoryError) as error:
         fix = "give a CSV file: UTF-8, separated by commas, with a header"
         raise UserError(f"the table cannot be read ({error})", fix=fix, file=file) from error

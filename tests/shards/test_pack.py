@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
-from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,34 +15,23 @@ import pytest
 import webdataset
 from PIL import Image
 
-from shards.codecs import decode
 from shards.errors import UserError
-from shards.manifest import Manifest, read_manifest
-from shards.pack import _locked, pack
-from shards.pack_report import PackReport
+from shards.manifest import read_manifest
+from shards.pack import pack
 from shards.pack_shard import sample_key
 from shards.recipes import AsIs, MammoClip
 from shards.sources.base import BOXES_CLIPPED, BOXES_LEFT_OUT
 from shards.sources.grouped_table import read_grouped_table
 from shards.splits import Validation
-from tests.archives import LABELS, GroupedArchive, make_grouped_archive, write_csv
-
-
-def run(archive: GroupedArchive, out: Path, **options: Any) -> PackReport:
-    defaults: dict[str, Any] = {
-        "recipe": AsIs(),
-        "labels": LABELS,
-        "samples_per_shard": 5,
-        "processes": 1,
-        "quiet": True,
-    }
-    return pack(read_grouped_table(archive.table, archive.images), out, **defaults | options)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """A digest of every file of a folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+from tests.archives import (
+    LABELS,
+    GroupedArchive,
+    contents,
+    make_grouped_archive,
+    pack_grouped,
+    stored_image,
+    write_csv,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +55,7 @@ class TestTars:
     def test_each_image_is_the_one_of_the_archive_bit_for_bit(
         self, shared_archive: GroupedArchive, tmp_path: Path
     ) -> None:
-        run(shared_archive, tmp_path / "out")
+        pack_grouped(shared_archive, tmp_path / "out")
         source = {cells["image_id"]: shared_archive.path(row) for row, cells in enumerate(shared_archive.rows)}
         manifest = read_manifest(tmp_path / "out")
         assert sorted(manifest.text("image_id", range(len(manifest)))) == sorted(source)
@@ -79,7 +67,7 @@ class TestTars:
         archive = make_grouped_archive(tmp_path, exams=2, dtype=np.uint16)
         prints = set()
         for codec, extension in (("png", "png"), ("zstd", "npy.zst")):
-            run(archive, tmp_path / codec, codec=codec, validation=Validation(fraction=0))
+            pack_grouped(archive, tmp_path / codec, codec=codec, validation=Validation(fraction=0))
             manifest = read_manifest(tmp_path / codec)
             prints.add(manifest.fingerprint)
             record = manifest.record(0)
@@ -114,7 +102,7 @@ class TestTars:
             image.load()
             image.save(tiny_archive.path(0), pnginfo=info)
         assert b"DOE JANE" in tiny_archive.path(0).read_bytes()
-        run(tiny_archive, tmp_path / "out")
+        pack_grouped(tiny_archive, tmp_path / "out")
         assert not any(b"DOE JANE" in tar.read_bytes() for tar in (tmp_path / "out").iterdir())
 
     def test_a_shard_holds_one_split_and_whole_exams_side_by_side(self, packed: Path) -> None:
@@ -128,7 +116,7 @@ class TestTars:
     def test_exams_are_shuffled_by_the_seed(self, shared_archive: GroupedArchive, tmp_path: Path) -> None:
         orders = []
         for seed in (0, 1):
-            run(shared_archive, tmp_path / str(seed), seed=seed, validation=Validation(fraction=0))
+            pack_grouped(shared_archive, tmp_path / str(seed), seed=seed, validation=Validation(fraction=0))
             manifest = read_manifest(tmp_path / str(seed))
             orders.append(manifest.text("image_id", range(len(manifest))))
         assert sorted(orders[0]) == sorted(orders[1])
@@ -148,12 +136,12 @@ class TestSameBytes:
     def test_for_any_number_of_processes_any_path_and_any_order_of_the_table(
         self, shared_archive: GroupedArchive, tmp_path: Path
     ) -> None:
-        run(shared_archive, tmp_path / "one")
-        run(shared_archive, tmp_path / "deeper" / "two", processes=2)
+        pack_grouped(shared_archive, tmp_path / "one")
+        pack_grouped(shared_archive, tmp_path / "deeper" / "two", processes=2)
         moved = make_grouped_archive(tmp_path / "moved", exams=8)
         moved.rows.reverse()
         moved.write_table()
-        run(moved, tmp_path / "three")
+        pack_grouped(moved, tmp_path / "three")
         expected = contents(tmp_path / "one")
         assert set(expected) == {"manifest.json", "samples.arrow", *(f"shard-{i:06d}.tar" for i in range(7))}
         assert contents(tmp_path / "deeper" / "two") == expected
@@ -163,9 +151,9 @@ class TestSameBytes:
         self, tiny_archive: GroupedArchive, tmp_path: Path
     ) -> None:
         out = tmp_path / "out"
-        first = run(tiny_archive, out)
+        first = pack_grouped(tiny_archive, out)
         times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-        assert str(run(tiny_archive, out)) == str(first)
+        assert str(pack_grouped(tiny_archive, out)) == str(first)
         assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
     def test_the_fingerprint_changes_with_what_is_trained_on_and_with_nothing_else(
@@ -174,7 +162,7 @@ class TestSameBytes:
         prints: dict[str, str] = {}
 
         def add(name: str, **options: Any) -> None:
-            run(tiny_archive, tmp_path / name, **options)
+            pack_grouped(tiny_archive, tmp_path / name, **options)
             prints[name] = read_manifest(tmp_path / name).fingerprint
 
         add("reference")
@@ -194,9 +182,24 @@ class TestSameBytes:
         assert len(set(prints.values())) == len(prints)
 
 
+def test_two_images_of_one_name_are_refused_whatever_the_source(tiny_archive: GroupedArchive, tmp_path: Path) -> None:
+    archive = read_grouped_table(tiny_archive.table, tiny_archive.images)
+    doubled = replace(archive, rows=[*archive.rows, archive.rows[3]])
+    with pytest.raises(UserError, match=rf"row 25: image_id {archive.rows[3].image_id} comes twice"):
+        pack(doubled, tmp_path / "out", recipe=AsIs(), quiet=True)
+
+
+def test_an_unknown_label_is_counted_as_such(tiny_archive: GroupedArchive, tmp_path: Path) -> None:
+    archive = read_grouped_table(tiny_archive.table, tiny_archive.images)
+    rows = [replace(row, labels={**row.labels, "Mass": -1}) for row in archive.rows[:8]] + archive.rows[8:]
+    report = pack(replace(archive, rows=rows), tmp_path / "out", recipe=AsIs(), processes=1, quiet=True)
+    assert sum(report.header.counts["unknown"]["Mass"].values()) == 8
+    assert ["Mass", "unknown"] in [line.split()[:2] for line in str(report).splitlines()]
+
+
 class TestReport:
     def test_it_counts_what_was_packed(self, shared_archive: GroupedArchive, tmp_path: Path) -> None:
-        report = run(shared_archive, tmp_path / "out", validation=Validation(fold=1))
+        report = pack_grouped(shared_archive, tmp_path / "out", validation=Validation(fold=1))
         counts = report.header.counts
         assert counts["images"] == {"train": 16, "val": 8, "test": 8}
         assert counts["exams"] == counts["patients"] == {"train": 4, "val": 2, "test": 2}
@@ -217,7 +220,7 @@ class TestReport:
             cells |= {"resized_xmin": str([xs[0]]), "resized_xmax": str([xs[1]])}
             cells |= {"resized_ymin": "[-3.0]", "resized_ymax": "[9.0]"}
         tiny_archive.write_table()
-        report = run(tiny_archive, tmp_path / "out")
+        report = pack_grouped(tiny_archive, tmp_path / "out")
         assert report.header.notes == {BOXES_CLIPPED: 2, BOXES_LEFT_OUT: 1}
         assert f"mended: 2 {BOXES_CLIPPED}" in str(report)
         manifest = read_manifest(tmp_path / "out")
@@ -226,7 +229,7 @@ class TestReport:
         assert (box.x0, box.y0, box.x1, box.y1) == (40.0, 0.0, 48.0, 9.0)
 
     def test_boxes_follow_the_recipe_into_stored_pixels(self, shared_archive: GroupedArchive, tmp_path: Path) -> None:
-        run(shared_archive, tmp_path / "out", recipe=MammoClip(height_px=128, width_px=96))
+        pack_grouped(shared_archive, tmp_path / "out", recipe=MammoClip(height_px=128, width_px=96))
         manifest = read_manifest(tmp_path / "out")
         masses = [record for record in map(manifest.record, range(len(manifest))) if record.labels["Mass"] == 1]
         assert masses
@@ -239,192 +242,11 @@ class TestReport:
     def test_labels_that_are_left_out_take_their_boxes_along(
         self, shared_archive: GroupedArchive, tmp_path: Path
     ) -> None:
-        run(shared_archive, tmp_path / "out", labels=("Mass",))
+        pack_grouped(shared_archive, tmp_path / "out", labels=("Mass",))
         manifest = read_manifest(tmp_path / "out")
         assert manifest.labels == ("Mass",)
         labels = {box.label for row in range(len(manifest)) for box in manifest.record(row).boxes}
         assert labels == {"Mass"}
-
-
-def save(path: Path, array: np.ndarray) -> None:
-    Image.fromarray(array).save(path)
-
-
-COLOUR = np.random.default_rng(0).integers(0, 255, (64, 48, 3), np.uint8)
-BROKEN: list[tuple[str, Callable[[Path], Any], str, str]] = [
-    ("missing", lambda p: p.unlink(), "the image is missing", "file is missing"),
-    ("empty", lambda p: p.write_bytes(b""), "is an empty file", "file is empty"),
-    ("truncated", lambda p: p.write_bytes(p.read_bytes()[:700]), "cannot be read", "truncated, or not an image"),
-    (
-        "zeros",
-        lambda p: p.write_bytes(p.read_bytes()[:700].ljust(3000, b"\0")),
-        "cannot be read",
-        "truncated, or not an image",
-    ),
-    ("text", lambda p: p.write_text("hello"), "cannot be read", "truncated, or not an image"),
-    ("colour", lambda p: save(p, COLOUR), "is RGB, with different channels", "not a grey image of 8 or 16 bit"),
-    ("grey_rgb", lambda p: save(p, COLOUR[..., [0, 0, 0]]), "with equal channels", "not a grey image of 8 or 16 bit"),
-    ("one_bit", lambda p: save(p, COLOUR[..., 0] > 9), "pixels of type '1'", "not a grey image of 8 or 16 bit"),
-    ("size", lambda p: save(p, COLOUR[:60, :, 0]), "is 60 x 48 .* is 64 x 48", "another size than the others"),
-]
-
-
-class TestBrokenImages:
-    @pytest.mark.parametrize(("damage", "said"), [(b[1], b[2]) for b in BROKEN], ids=[b[0] for b in BROKEN])
-    def test_it_stops_and_names_the_image(
-        self, tiny_archive: GroupedArchive, tmp_path: Path, damage: Callable[[Path], Any], said: str
-    ) -> None:
-        damage(tiny_archive.path(7))
-        with pytest.raises(UserError, match=said) as caught:
-            run(tiny_archive, tmp_path / "out")
-        assert caught.value.file == str(tiny_archive.path(7))
-        assert "--on-broken drop" in caught.value.fix
-        assert not (tmp_path / "out" / "manifest.json").exists()
-
-    @pytest.mark.parametrize(("damage", "reason"), [(b[1], b[3]) for b in BROKEN], ids=[b[0] for b in BROKEN])
-    def test_or_it_is_left_out_and_counted(
-        self, tiny_archive: GroupedArchive, tmp_path: Path, damage: Callable[[Path], Any], reason: str
-    ) -> None:
-        damage(tiny_archive.path(7))
-        report = run(tiny_archive, tmp_path / "out", drop_broken=True)
-        image_id = tiny_archive.rows[7]["image_id"]
-        assert report.header.dropped == [{"reason": reason, "count": 1, "image_ids": [image_id]}]
-        assert f"left out: 1 images, {reason} ({image_id})" in str(report)
-        manifest = read_manifest(tmp_path / "out")
-        assert len(manifest) == 23
-        assert image_id not in manifest.text("image_id", range(23))
-
-    def test_a_shard_of_broken_images_only_is_no_shard(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        options: dict[str, Any] = {"samples_per_shard": 1, "drop_broken": True, "validation": Validation(fraction=0)}
-        tiny_archive.path(7).write_text("hello")
-        run(tiny_archive, tmp_path / "out", **options)
-        manifest = read_manifest(tmp_path / "out")
-        names = [shard.name for shard in manifest.shards]
-        assert len(names) == 23
-        assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == names
-        assert manifest.shard_N().tolist() == list(range(23))
-
-    def test_missing_images_are_counted_before_anything_is_packed(
-        self, tiny_archive: GroupedArchive, tmp_path: Path
-    ) -> None:
-        for row in (3, 5, 9):
-            tiny_archive.path(row).unlink()
-        with pytest.raises(UserError, match=r"and 2 more of 24 are missing or empty"):
-            run(tiny_archive, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    def test_nothing_left(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        for row in range(24):
-            tiny_archive.path(row).write_text("hello")
-        with pytest.raises(UserError, match="no image of the table can be read"):
-            run(tiny_archive, tmp_path / "out", drop_broken=True)
-
-    @pytest.mark.parametrize("drop_broken", [False, True])
-    def test_8_and_16_bit_are_not_mixed(self, tiny_archive: GroupedArchive, tmp_path: Path, drop_broken: bool) -> None:
-        save(tiny_archive.path(7), np.zeros((64, 48), np.uint16))
-        with pytest.raises(UserError, match=r"is uint16, while .*png is uint8: 8 and 16 bit are mixed") as caught:
-            run(tiny_archive, tmp_path / "out", drop_broken=drop_broken)
-        assert caught.value.file == str(tiny_archive.path(7))
-
-    def test_a_size_that_was_asked_for(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"is 64 x 48 .* while asked for was 64 x 40"):
-            run(tiny_archive, tmp_path / "out", recipe=AsIs(height_px=64, width_px=40))
-
-    def test_an_image_of_air_under_a_recipe_that_cuts(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        save(tiny_archive.path(7), np.zeros((64, 48), np.uint8))
-        recipe = MammoClip(height_px=30, width_px=20)
-        with pytest.raises(UserError, match="the recipe mammoclip finds nothing") as caught:
-            run(tiny_archive, tmp_path / "out", recipe=recipe)
-        assert caught.value.file == str(tiny_archive.path(7))
-        report = run(tiny_archive, tmp_path / "out2", recipe=recipe, drop_broken=True)
-        assert [dropped["reason"] for dropped in report.header.dropped] == ["nothing but air in it"]
-
-    def test_an_error_in_a_worker_process_is_the_same_error(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        tiny_archive.path(7).write_text("hello")
-        with pytest.raises(UserError, match="cannot be read") as caught:
-            run(tiny_archive, tmp_path / "out", processes=2)
-        assert caught.value.file == str(tiny_archive.path(7))
-
-
-class TestFolder:
-    @pytest.mark.parametrize(
-        ("changed", "said"),
-        [
-            ({"seed": 1}, "seed was 0, now 1"),
-            ({"samples_per_shard": 7}, "samples_per_shard was 5, now 7"),
-            ({"labels": ("Mass",)}, r"labels was \['Mass', 'Suspicious_Calcification'\], now \['Mass'\]"),
-            ({"codec": "zstd"}, "codec was png, now zstd"),
-            ({"recipe": MammoClip(height_px=64, width_px=48)}, "recipe was .*as_is.* now .*mammoclip"),
-            ({"validation": Validation(fraction=0.5)}, "validation_fraction was None, now 0.5"),
-        ],
-    )
-    @pytest.mark.parametrize("finished", [True, False])
-    def test_other_input_does_not_mix_with_what_is_there(
-        self, tiny_archive: GroupedArchive, tmp_path: Path, changed: dict[str, Any], said: str, finished: bool
-    ) -> None:
-        out = tmp_path / "out"
-        if not finished:
-            good = tiny_archive.path(23).read_bytes()
-            tiny_archive.path(23).write_bytes(good[:700] + bytes(len(good) - 700))
-            with pytest.raises(UserError, match="cannot be read"):
-                run(tiny_archive, out)
-            tiny_archive.path(23).write_bytes(good)
-        else:
-            run(tiny_archive, out)
-        before = contents(out)
-        with pytest.raises(UserError, match=f"was packed with other input: {said}") as caught:
-            run(tiny_archive, out, **changed)
-        assert caught.value.file == str(out)
-        assert contents(out) == before
-
-    def test_a_changed_table_does_not_mix_with_what_is_there(
-        self, tiny_archive: GroupedArchive, tmp_path: Path
-    ) -> None:
-        run(tiny_archive, tmp_path / "out")
-        tiny_archive.rows[0]["breast_density"] = "DENSITY B"
-        tiny_archive.write_table()
-        with pytest.raises(UserError, match="the table, the splits or the sizes of the image files have changed"):
-            run(tiny_archive, tmp_path / "out")
-
-    def test_tars_of_something_else_are_left_alone(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        (tmp_path / "shard-000000.tar").write_bytes(b"precious")
-        with pytest.raises(UserError, match=r"holds shard-000000.tar of something else"):
-            run(tiny_archive, tmp_path)
-        assert (tmp_path / "shard-000000.tar").read_bytes() == b"precious"
-        assert not (tmp_path / ".packing").exists()
-
-    def test_two_packs_do_not_share_a_folder(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        with _locked(tmp_path / "out"), pytest.raises(UserError, match="another process packs into this folder"):
-            run(tiny_archive, tmp_path / "out")
-
-    def test_a_folder_that_cannot_be_made(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match=r"cannot be written to \(Not a directory\)"):
-            run(tiny_archive, tmp_path / "file" / "out")
-
-    def test_a_packed_folder_that_lost_a_tar_is_not_taken_for_whole(
-        self, tiny_archive: GroupedArchive, tmp_path: Path
-    ) -> None:
-        run(tiny_archive, tmp_path / "out")
-        (tmp_path / "out" / "shard-000001.tar").unlink()
-        with pytest.raises(UserError, match="missing"):
-            run(tiny_archive, tmp_path / "out")
-
-    @pytest.mark.parametrize(
-        ("options", "said"),
-        [
-            ({"labels": ("Masss",)}, "no label 'Masss'. Fix: use Mass"),
-            ({"labels": ("Mass", "Mass")}, "each once"),
-            ({"labels": ()}, "name at least one label"),
-            ({"samples_per_shard": 0}, "0 samples per shard"),
-            ({"processes": 0}, "0 processes"),
-        ],
-    )
-    def test_options_that_cannot_be(
-        self, tiny_archive: GroupedArchive, tmp_path: Path, options: dict[str, Any], said: str
-    ) -> None:
-        with pytest.raises(UserError, match=said):
-            run(tiny_archive, tmp_path / "out", **options)
 
 
 def test_real_mammograms_pack_and_come_back(real_data: Path, tmp_path: Path) -> None:
@@ -444,12 +266,3 @@ def test_real_mammograms_pack_and_come_back(real_data: Path, tmp_path: Path) -> 
         expected_HW, geometry = MammoClip().apply(np.array(image))
     assert record.geometry == geometry
     np.testing.assert_array_equal(stored_image(manifest, 0), expected_HW)
-
-
-def stored_image(manifest: Manifest, row: int) -> np.ndarray:
-    shard, offset, num_bytes, _ = manifest.location(row)
-    data = io.BytesIO((manifest.directory / manifest.shards[shard].name).read_bytes())
-    data.seek(offset)
-    size = (manifest.height_px, manifest.width_px)
-    codec: Any = manifest.codec
-    return decode(data.read(num_bytes), codec, expect_hw=size, dtype=manifest.dtype, name=str(row))

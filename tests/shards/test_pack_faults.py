@@ -26,7 +26,7 @@ from shards.recipes import AsIs
 from shards.sources.base import Archive
 from shards.sources.grouped_table import read_grouped_table
 from shards.types import Geometry
-from tests.archives import LABELS, GroupedArchive, make_grouped_archive
+from tests.archives import LABELS, GroupedArchive, contents, make_grouped_archive
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -54,10 +54,6 @@ def command(archive: GroupedArchive, out: Path, processes: int, folder: Path) ->
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def children(pid: int) -> list[int]:

@@ -167,10 +167,12 @@ def test_a_resumed_run_equals_an_unbroken_one(
     from msmil.engine import train as module
 
     _save = module.save
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(module, "save", killed)
-        reset()
-        train(config, Runtime(config.train))
+    reset()
+    runtime = Runtime(config.train)
+    monkeypatch.setattr(module, "save", killed)
+    with pytest.raises(Killed):
+        train(config, runtime)
+    monkeypatch.setattr(module, "save", _save)
     assert load_checkpoint(checkpoint_of(config)).state.step == cut["every_steps"]
     reset()
     train(config, Runtime(config.train))

@@ -1,0 +1,40 @@
+"""The README says what is true: its table of options, its files, its commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.cli import build_parser, parse
+from launch.reference import markdown
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    msmil (.+)$", TEXT, flags=re.MULTILINE)
+
+
+def test_the_table_of_options_is_the_generated_one() -> None:
+    assert markdown() in TEXT, "run python -m launch.reference and paste its table"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/\S+\.yaml", TEXT))))
+def test_named_files_exist(path: str) -> None:
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command: str) -> None:
+    assert callable(parse(command.split()).run)
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(f"\n{target}:" in makefile for target in ("demo", "test", "test-fast"))
+
+
+def test_every_command_has_a_help_text_with_an_example() -> None:
+    help_text = build_parser().format_help()
+    for command in ("demo", "phantom", "pack", "verify", "train", "evaluate"):
+        assert f"\n    {command} " in help_text
