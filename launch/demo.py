@@ -57,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
         code = main(command)
         if code != 0:
             return code
-    print(f"\nThe demo took {(time.monotonic() - start_s) / 60:.1f} minutes. Everything is in {run_folder}; look at its")
-    print(f"figures, and at the curves with:  tensorboard --logdir {run_folder}/tensorboard")
+    minutes = (time.monotonic() - start_s) / 60
+    print(f"\nThe demo took {minutes:.1f} minutes. Metrics, predictions and figures are in {run_folder}.")
+    print(f"Curves: tensorboard --logdir {config.output_dir}")
     return 0
 
 

@@ -218,6 +218,9 @@ def _check(config: Config) -> None:
     else:
         fix = f"make it a multiple of the coarsest stride, {max(scales)}"
         _require(bags.tile_size_px % max(scales) == 0, "bags.tile_size_px", bags.tile_size_px, fix)
+    if config.loss.instance_weight > 0:
+        fix = "set model.deep_supervision: true, since instance logits come from the heads of the scales"
+        _require(model.deep_supervision, "model.deep_supervision (with loss.instance_weight)", False, fix)
     if train.gradient_checkpointing:
         fix = "set train.batch_norm: frozen, since recomputed activations would move the statistics twice"
         _require(train.batch_norm == "frozen", "train.batch_norm (with gradient_checkpointing)", train.batch_norm, fix)

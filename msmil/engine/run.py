@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from msmil.config import Config
@@ -76,7 +77,8 @@ def make_network(pipeline: Pipeline, *, pretrained: bool) -> MILModel:
     if config.train.batch_norm == "frozen":
         freeze_statistics(network)
     if config.train.batch_norm == "sync":
-        network.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(network.backbone)
+        # timm's, since torch's own drops the activation that timm's norms hold
+        network.backbone = convert_sync_batchnorm(network.backbone)
     if config.train.gradient_checkpointing:
         set_gradient_checkpointing(network)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format

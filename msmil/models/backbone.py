@@ -27,8 +27,8 @@ class Backbone(nn.Module):
     net: the timm model; its parameters keep timm's names under `net.`.
     strides, channels: of the maps, by timm's `feature_info`, checked against the shapes the model really returns.
 
-    What does not train runs in eval mode, whatever `train()` asks for; a backbone that does not train at all
-    records no graph either. See `set_trainable` and `freeze_statistics`.
+    What does not train runs in eval mode, whatever `train()` asks for. See `set_trainable` and
+    `freeze_statistics`.
     """
 
     def __init__(self, net: nn.Module, *, name: str, in_channels: int, tile_hw: tuple[int, int]) -> None:
@@ -45,13 +45,7 @@ class Backbone(nn.Module):
 
     def forward(self, image_MCHW: Tensor) -> list[Tensor]:
         """Maps [M, D, H / stride, W / stride], one per stride."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
-            return self._maps(self.net(image_MCHW))
-
-    @property
-    def trains(self) -> bool:
-        """Whether any parameter asks for a gradient."""
-        return any(p.requires_grad for p in self.net.parameters())
+        return self._maps(self.net(image_MCHW))
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for what trains; frozen modules, and frozen statistics, stay in eval mode."""
@@ -103,9 +97,6 @@ class HasBackbone(Protocol):
     """A model with a `backbone`."""
 
     backbone: Backbone
-
-    def train(self, mode: bool = True) -> Any:
-        """As nn.Module.train."""
 
 
 def build_backbone(
@@ -190,12 +181,6 @@ def freeze_statistics(model: HasBackbone) -> None:
     """Keep the backbone's batch-norm statistics as they are, now and after every `model.train()`."""
     model.backbone.frozen_statistics = True
     model.backbone.train(model.backbone.training)
-
-
-def train_mode(model: HasBackbone, *, batch_norm: str) -> None:
-    """`model.train()` with the backbone's statistics as train.batch_norm says: frozen, or moving (train, sync)."""
-    model.backbone.frozen_statistics = batch_norm == "frozen"
-    model.train()
 
 
 def set_gradient_checkpointing(model: HasBackbone, enable: bool = True) -> None:

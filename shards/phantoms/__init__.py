@@ -1,1 +1,1 @@
-"""Drawing of synthetic mammograms: what they look like. Which of them are written, and where: shards.sources.phantom."""
+"""Drawing of synthetic mammograms. Which of them are written, and where: shards.sources.phantom."""

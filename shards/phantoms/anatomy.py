@@ -51,7 +51,8 @@ class Anatomy:
         index = np.clip(position.astype(np.int32), 0, ANGLES - 2)
         table32 = table.astype(np.float32)
         low = table32[index]
-        return low + (table32[index + 1] - low) * (position - index)
+        between: Float = low + (table32[index + 1] - low) * (position - index.astype(np.float32))
+        return between
 
     def polar(self, x_mm: Float, y_mm: Float) -> tuple[Float, Float, Float]:
         """Depth under the skin in mm (negative in air), share of the way from chest wall to skin, and angle."""
@@ -65,17 +66,20 @@ class Anatomy:
         """Depth inside the pectoral muscle in mm, negative outside."""
         if self.view == "CC":
             dy = y_mm - np.float32(self.centre_y_mm)
-            return np.float32(self.muscle_x_mm) - x_mm - np.square(dy) / np.float32(250)
+            bow: Float = np.float32(self.muscle_x_mm) - x_mm - np.square(dy) / np.float32(250)
+            return bow
         down = y_mm / np.float32(self.muscle_y_mm)
         inside = 1 - x_mm / np.float32(self.muscle_x_mm) - down + np.float32(0.08) * np.sin(np.float32(np.pi) * down)
-        return inside / np.float32(np.hypot(1 / self.muscle_x_mm, 1 / self.muscle_y_mm))
+        depth: Float = inside / np.float32(np.hypot(1 / self.muscle_x_mm, 1 / self.muscle_y_mm))
+        return depth
 
     def room_mm(self, x_mm: NDArray[np.float64], y_mm: NDArray[np.float64], canvas: Canvas) -> NDArray[np.float64]:
         """Distance in mm of points to the nearest of skin, muscle and border of the image, negative outside."""
         x, y = x_mm.astype(np.float32), y_mm.astype(np.float32)
         border = np.minimum(np.minimum(x, canvas.width_mm - x), np.minimum(y, FIELD_HEIGHT_MM - y))
-        room = np.minimum(np.minimum(self.polar(x, y)[0], -self.muscle_mm(x, y)), border)
-        return room.astype(np.float64)
+        tissue = np.minimum(self.polar(x, y)[0], -self.muscle_mm(x, y))
+        room: NDArray[np.float64] = np.minimum(tissue, border).astype(np.float64)
+        return room
 
 
 def make_anatomy(rng: np.random.Generator, shape: BreastShape, view: View, canvas: Canvas) -> Anatomy:

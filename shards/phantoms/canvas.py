@@ -49,7 +49,7 @@ class Canvas:
         return np.zeros((self.height_px, self.width_px), dtype=np.float32)
 
     def window(self, x_mm: float, y_mm: float, radius_mm: float) -> tuple[tuple[slice, slice], Float, Float]:
-        """The part of the canvas within a square around a point: its slices, and dx [1, w], dy [h, 1] from the point."""
+        """The square around a point, cut to the canvas: its slices, and dx [1, w] and dy [h, 1] from the point."""
 
         def span(centre_mm: float, size_px: int) -> slice:
             low = int(np.floor((centre_mm - radius_mm) * self.px_per_mm))

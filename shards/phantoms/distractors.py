@@ -83,23 +83,26 @@ def _lymph_node(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, laye
         x, y = rng.uniform(4, 0.5 * anatomy.depth_mm), rng.uniform(4, 70)
     else:
         x, y = _points(rng, anatomy, canvas, 1, 6)[0]
-    radius_mm, ratio, turn = rng.uniform(2.5, 7.5), rng.uniform(0.5, 0.8), rng.uniform(0, np.pi)
+    radius_mm, ratio, turn = rng.uniform(3.5, 7.5), rng.uniform(0.5, 0.8), rng.uniform(0, np.pi)
     window, dx, dy = canvas.window(x, y, 1.6 * radius_mm)
     along = (dx * np.cos(turn) + dy * np.sin(turn)) / radius_mm
     across = (dy * np.cos(turn) - dx * np.sin(turn)) / (radius_mm * ratio)
     body = np.exp(-(np.hypot(along, across) ** 5))
-    hilum = np.exp(-(np.hypot(along / 0.55, (across - rng.uniform(0.25, 0.6)) / 0.5) ** 2))
-    layer_HW[window] += (rng.uniform(0.15, 0.34) * body * (1 - rng.uniform(0.6, 1.0) * hilum)).astype(np.float32)
+    hilum = np.exp(-(np.hypot(along / 0.6, (across - rng.uniform(0.25, 0.5)) / 0.55) ** 2))
+    node = rng.uniform(0.16, 0.32) * body * (1 - rng.uniform(0.85, 1.0) * hilum)
+    layer_HW[window] += node.astype(np.float32)
 
 
 def _calcifications(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, layer_HW: Float) -> None:
     """Single calcifications of the same make as those in clusters, and coarse ones brighter than any lesion."""
     single = _points(rng, anatomy, canvas, int(rng.integers(4, 26)), 2, apart_mm=7)
     n = len(single)
-    add_spots(layer_HW, canvas, *single.T, rng.uniform(*SPOT_SIGMA_MM, n), rng.uniform(*SPOT_AMPLITUDE, n))
+    add_spots(
+        layer_HW, canvas, single[:, 0], single[:, 1], rng.uniform(*SPOT_SIGMA_MM, n), rng.uniform(*SPOT_AMPLITUDE, n)
+    )
     coarse = _points(rng, anatomy, canvas, int(rng.integers(1, 5)), 3)
     n = len(coarse)
-    add_spots(layer_HW, canvas, *coarse.T, rng.uniform(0.45, 1.3, n), rng.uniform(0.8, 1.3, n))
+    add_spots(layer_HW, canvas, coarse[:, 0], coarse[:, 1], rng.uniform(0.45, 1.3, n), rng.uniform(0.8, 1.3, n))
 
 
 def _vascular_calcification(rng: np.random.Generator, path_mm: Points, canvas: Canvas, layer_HW: Float) -> None:

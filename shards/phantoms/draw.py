@@ -18,7 +18,7 @@ from shards.types import Box, Laterality, View
 
 @dataclass(frozen=True)
 class Phantom:
-    """A drawn mammogram. image_HW: uint8; boxes in its pixels; breast_HW: True where tissue is seen, muscle included."""
+    """A drawn mammogram; boxes are in its pixels, breast_HW is True where tissue is seen (muscle included)."""
 
     image_HW: NDArray[np.uint8]
     boxes: tuple[Box, ...]

@@ -106,7 +106,7 @@ def _mass(rng: np.random.Generator) -> MassPlan:
     return MassPlan(
         margin=margins[rng.integers(3)],
         diameter_mm=float(np.exp(rng.triangular(np.log(6), np.log(28), np.log(40)))),
-        contrast=rng.uniform(0.28, 0.46),
+        contrast=rng.uniform(0.30, 0.48),
         share=rng.uniform(0.15, 0.85),
     )
 

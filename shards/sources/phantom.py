@@ -73,26 +73,20 @@ class PhantomSettings:
 class PhantomReport:
     """What an archive of phantoms holds; `str()` of it is the table for people.
 
-    images, positives and boxes are counted by split (training, test), the latter two by label first; `written` images
-    are new, `kept` ones were there before.
+    counts: {what: {"training": n, "test": n}} with images, exams, and positive images and boxes of each label;
+    written: images that are new; kept: images that were there before.
     """
 
     table: Path
     images_folder: Path
-    images: dict[TableSplit, int]
-    positives: dict[str, dict[TableSplit, int]]
-    boxes: dict[str, dict[TableSplit, int]]
+    counts: dict[str, dict[TableSplit, int]]
     written: int
     kept: int
 
     def __str__(self) -> str:
-        rows = [("images", self.images)]
-        rows += [("exams", {split: count // _IMAGES_PER_EXAM for split, count in self.images.items()})]
-        for label in LABELS:
-            rows += [(f"{label} positive", self.positives[label]), (f"{label} boxes", self.boxes[label])]
-        lines = [f"{self.table}: {self.written} images drawn, {self.kept} kept", ""]
-        lines += [f"{'':32}{'training':>10}{'test':>10}"]
-        return "\n".join([*lines, *(f"{name:32}{count['training']:>10}{count['test']:>10}" for name, count in rows)])
+        head = [f"{self.table}: {self.written} images drawn, {self.kept} kept", ""]
+        rows = [("", *TABLE_SPLITS), *((what, *map(str, count.values())) for what, count in self.counts.items())]
+        return "\n".join([*head, *(f"{row[0]:34}{row[1]:>10}{row[2]:>8}" for row in rows)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,15 +248,23 @@ def _csv(rows: Sequence[dict[str, Cell]]) -> bytes:
 
 
 def _report(out: Path, rows: Sequence[dict[str, Cell]], written: int) -> PhantomReport:
-    def by_split(count: Callable[[dict[str, Cell]], int]) -> dict[TableSplit, int]:
-        return {split: sum(count(row) for row in rows if row["split"] == split) for split in TABLE_SPLITS}
+    counts: dict[str, dict[TableSplit, int]] = {}
 
+    def add(what: str, split: TableSplit, number: int) -> None:
+        by_split = counts.setdefault(what, dict.fromkeys(TABLE_SPLITS, 0))
+        by_split[split] += number
+
+    for split in TABLE_SPLITS:
+        of_split = [row for row in rows if row["split"] == split]
+        add("images", split, len(of_split))
+        add("exams", split, len({row["patient_id"] for row in of_split}))
+        for label in LABELS:
+            add(f"{label} positive", split, sum(row[label.replace(" ", "_")] == 1 for row in of_split))
+            add(f"{label} boxes", split, sum(str(row["finding_categories"]).count(label) for row in of_split))
     return PhantomReport(
         table=out / TABLE_NAME,
         images_folder=out / IMAGES_NAME,
-        images=by_split(lambda _: 1),
-        positives={name: by_split(lambda row, k=name.replace(" ", "_"): int(row[k])) for name in LABELS},
-        boxes={name: by_split(lambda row, k=f"'{name}'": str(row["finding_categories"]).count(k)) for name in LABELS},
+        counts=counts,
         written=written,
         kept=len(rows) - written,
     )

@@ -64,6 +64,8 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ({"train": {"head_warmup_epochs": 30}}, "before the run does"),
         ({"train": {"gradient_checkpointing": True, "batch_norm": "train"}}, "batch_norm: frozen"),
         ({"name": "a/b"}, "plain folder name"),
+        ({"seed": -1}, "not negative"),
+        ({"loss": {"instance_weight": 1}, "model": {"deep_supervision": False}}, "deep_supervision: true"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_fix(tree: dict[str, object], named: str) -> None:

@@ -14,7 +14,6 @@ from msmil.models.backbone import (
     ordered_blocks,
     set_gradient_checkpointing,
     set_trainable,
-    train_mode,
 )
 from shards.errors import UserError
 from tests.msmil.models.small import SMALL_BACKBONE, small_model, with_backbone
@@ -211,11 +210,8 @@ class TestModes:
         assert all(m.requires_grad for m in features)
         assert ordered_blocks(model.backbone)[0].training
 
-    def test_statistics_move_when_they_are_asked_to(self) -> None:
-        model = small_model()
-        train_mode(model, batch_norm="frozen")
-        assert not any(m.training for m in norms(model))
-        train_mode(model, batch_norm="train")
+    def test_statistics_move_where_nobody_froze_them(self) -> None:
+        model = small_model().train()
         before = [m.running_mean.clone() for m in norms(model)]
         model.backbone(torch.randn(4, 1, 64, 64) + 3)
         assert not any(torch.equal(m.running_mean, b) for m, b in zip(norms(model), before, strict=True))
@@ -234,7 +230,7 @@ class TestGradientCheckpointing:
         torch.manual_seed(0)
         backbone = build(name, options=options)
         model = with_backbone(backbone)
-        train_mode(model, batch_norm="frozen")
+        freeze_statistics(model)
         image = torch.randn(2, 1, 64, 64)
         gradients = []
         for enable in (False, True):
@@ -248,7 +244,7 @@ class TestGradientCheckpointing:
     def test_it_recomputes(self) -> None:
         backbone = build()
         model = with_backbone(backbone)
-        train_mode(model, batch_norm="frozen")
+        freeze_statistics(model)
         set_gradient_checkpointing(model)
         calls: list[int] = []
         ordered_blocks(backbone)[0].register_forward_pre_hook(lambda *_: calls.append(1))

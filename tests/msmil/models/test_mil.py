@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from msmil.models.backbone import train_mode
+from msmil.models.backbone import freeze_statistics
 from msmil.models.mil import MILModel
 from msmil.types import BagOutput
 from shards.errors import UserError
@@ -116,7 +116,7 @@ def test_gradients_reach_every_parameter(variant: dict[str, str], deep_supervisi
     model = small_model(
         **variant, backbone_options=options, deep_supervision=deep_supervision, encoder_layer_norm=True
     ).double()
-    train_mode(model, batch_norm="frozen")
+    freeze_statistics(model)
     output = model(random_tiles(2, 2).double())
     loss = output.logit_BK.square().sum()
     if deep_supervision:

@@ -88,6 +88,7 @@ def test_pma_score_is_the_mean_over_heads() -> None:
     torch.testing.assert_close(pma(z, None, 0.0).score_BKI[0], (heads[0] + heads[1]) / 2)
 
 
+@torch.no_grad()
 def test_learned_points_start_xavier_uniform() -> None:
     """As the published shapes give it: [1, m, D] has the bound sqrt(6 / (m D + D)), one seed that of m = 1."""
     isab = ISAB(in_dim=64, dim=64, heads=4, layer_norm=False, points=20)
