@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     for command in (
         ["phantom", str(data / "phantoms"), "--seed", str(args.seed), *_phantom_size(), *processes],
         ["pack", str(data / "shards"), *_pack_source(data / "phantoms"), *processes],
+        ["verify", str(data / "shards")],
         ["train", args.config, *overrides, *ranks],
         ["evaluate", run_folder, *ranks],
     ):

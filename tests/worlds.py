@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -50,3 +51,28 @@ def torchrun(module: str, arguments: Sequence[str], *, ranks: int, deadline_s: f
 def msmil(*arguments: str, deadline_s: float = 120, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
     return run([sys.executable, "-m", "launch.cli", *arguments], deadline_s=deadline_s, **more)
+
+
+def wait_for(condition: Callable[[], bool], *, deadline_s: float) -> None:
+    """Wait until a condition holds; fail after the deadline."""
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not within {deadline_s} s"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    return Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def children_running(module: str, ancestor: int) -> list[int]:
+    """Pids of the descendants that run a module, in the order they were started."""
+    found, frontier = [], [ancestor]
+    while frontier:
+        pid = frontier.pop()
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            children = [int(child) for child in task.read_text().split()]
+            frontier += children
+            found += [c for c in children if module in Path(f"/proc/{c}/cmdline").read_text()]
+    return sorted(found)

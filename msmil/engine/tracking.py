@@ -15,6 +15,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from shards.errors import UserError
 from shards.progress import Progress, progress
 
 log = logging.getLogger("msmil")
@@ -70,6 +71,7 @@ class Tracker:
     def __init__(self, folder: Path, *, start_step: int, total_steps: int) -> None:
         # events of steps that are trained again are dropped, so that a resumed curve does not overlap
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+        self._folder = folder
         self._start_step = start_step
         self._total_steps = total_steps
         self._stack = ExitStack()
@@ -94,8 +96,12 @@ class Tracker:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Scalars of one step (1-based: the number of finished steps)."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            fix = "free space or choose another output_dir, then start the same command again: it resumes"
+            raise UserError(f"curves cannot be written ({error})", file=self._folder, fix=fix) from None
 
     def close(self) -> None:
         """Flush and end."""

@@ -88,7 +88,7 @@ def make_anatomy(rng: np.random.Generator, shape: BreastShape, view: View, canva
     if view == "CC":
         centre, up, down = rng.uniform(96, 106), rng.uniform(86, 106), rng.uniform(78, 90)
         power_up, power_down = rng.uniform(1.6, 2.1), rng.uniform(1.9, 2.4)
-        muscle = (rng.uniform(-16, 8), 0.0)
+        muscle = (rng.uniform(-9, 9), 0.0)
     else:
         centre, up, down = rng.uniform(116, 128), rng.uniform(165, 205), rng.uniform(58, 70)
         power_up, power_down = rng.uniform(1.45, 1.8), rng.uniform(1.8, 2.2)

@@ -23,7 +23,7 @@ def draw_distractors(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas)
     for _ in range(rng.integers(1, 3)):
         _lymph_node(rng, anatomy, canvas, layer_HW)
     _calcifications(rng, anatomy, canvas, layer_HW)
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         _vascular_calcification(rng, vessels[0][0].points_mm, canvas, layer_HW)
     return layer_HW
 
@@ -95,14 +95,14 @@ def _lymph_node(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, laye
 
 def _calcifications(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, layer_HW: Float) -> None:
     """Single calcifications of the same make as those in clusters, and coarse ones brighter than any lesion."""
-    single = _points(rng, anatomy, canvas, int(rng.integers(4, 26)), 2, apart_mm=7)
+    single = _points(rng, anatomy, canvas, int(rng.integers(4, 17)), 2, apart_mm=7)
     n = len(single)
     add_spots(
         layer_HW, canvas, single[:, 0], single[:, 1], rng.uniform(*SPOT_SIGMA_MM, n), rng.uniform(*SPOT_AMPLITUDE, n)
     )
     coarse = _points(rng, anatomy, canvas, int(rng.integers(1, 5)), 3)
     n = len(coarse)
-    add_spots(layer_HW, canvas, coarse[:, 0], coarse[:, 1], rng.uniform(0.45, 1.3, n), rng.uniform(0.8, 1.3, n))
+    add_spots(layer_HW, canvas, coarse[:, 0], coarse[:, 1], rng.uniform(0.5, 1.6, n), rng.uniform(0.8, 1.3, n))
 
 
 def _vascular_calcification(rng: np.random.Generator, path_mm: Points, canvas: Canvas, layer_HW: Float) -> None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from msmil.engine.checkpoint import load_checkpoint, newest, pointed
 from shards.manifest import read_manifest
 from tests.experiments import write_tiny
-from tests.worlds import ROOT, environment, msmil, run
+from tests.worlds import ROOT, alive, children_running, environment, msmil, run, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -208,7 +207,7 @@ def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(tmp_path: Pa
     assert process.returncode not in (0, 2)
     assert "killed by SIGKILL" in err
     assert "Traceback" not in err.splitlines()[-1]
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() and alive(pid) for pid in rank_pids), deadline_s=30)
+    wait_for(lambda: not any(alive(pid) for pid in rank_pids), deadline_s=30)
     stopped = load_checkpoint(newest(checkpoints) or Path()).state.step
     tree = yaml.safe_load(config.read_text())
     assert tree["train"]["epochs"] == 200
@@ -219,27 +218,3 @@ def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(tmp_path: Pa
     assert f"step {stopped}" in err
     steps = scalars(tmp_path / "runs" / "killed" / "tensorboard")["train/loss/total"]
     assert steps == sorted(set(steps)), "a resumed curve has no overlap"
-
-
-def wait_for(condition: object, *, deadline_s: float) -> None:
-    assert callable(condition)
-    end_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end_s, f"not within {deadline_s} s"
-        time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-
-
-def children_running(module: str, ancestor: int) -> list[int]:
-    """Pids of the descendants that run a module, in the order they were started."""
-    found, frontier = [], [ancestor]
-    while frontier:
-        pid = frontier.pop()
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            children = [int(child) for child in task.read_text().split()]
-            frontier += children
-            found += [c for c in children if module in Path(f"/proc/{c}/cmdline").read_text()]
-    return sorted(found)
