@@ -7,9 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from launch.ranks import default_ranks
 from msmil.config_io import load_config
+
+if TYPE_CHECKING:
+    from msmil.config import Config
 
 CONFIG: Final = "configs/experiment/demo.yaml"
 HEIGHT_PX, WIDTH_PX = 384, 240
@@ -43,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     config = replace(config, data=replace(config.data, shards=str(data / "shards")))
     run_folder = str(Path(config.output_dir) / config.name)
-    overrides = [*args.overrides, f"data.shards={data / 'shards'}"]
+    overrides = [*args.overrides, f"data.shards={data / 'shards'}", *_batch_for(config, args.ranks)]
     processes = [] if args.processes is None else ["--processes", str(args.processes)]
     ranks = [] if args.ranks is None else ["--ranks", str(args.ranks)]
     start_s = time.monotonic()
@@ -62,6 +66,14 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nThe demo took {minutes:.1f} minutes. Metrics, predictions and figures are in {run_folder}.")
     print(f"Curves: tensorboard --logdir {config.output_dir}")
     return 0
+
+
+def _batch_for(config: Config, ranks: int | None) -> list[str]:
+    """The demo runs on any number of GPUs: where its batch does not divide, the next larger one that does."""
+    world = ranks or default_ranks()
+    parts = world * config.train.accumulation
+    size = -(-config.train.batch_size // parts) * parts
+    return [] if size == config.train.batch_size else [f"train.batch_size={size}"]
 
 
 def _phantom_size() -> list[str]:

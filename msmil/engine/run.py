@@ -60,8 +60,6 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     ema = build_ema(network, config.train.ema_decay)
     run = Run(pipeline, folder, network, ema, make_loss(pipeline), schedule, fresh_state(pipeline), {}, None, None)
     resume(run)
-    if config.train.compile:
-        network.compile()
     if runtime.is_main:
         run.tracker = Tracker(folder.tensorboard, start_step=run.state.step, total_steps=schedule.total_steps)
         run.tracker.text("configuration", dump_config(config))

@@ -73,6 +73,8 @@ class Stepper:
         load_optimizer_tensors(module, bare, moments)
         self._bare_optimizer = bare
         self._prepared, self._optimizer = pipeline.runtime.prepare(module, bare)
+        # training alone is compiled: evaluation calls the bare module, in shapes and modes of its own
+        self._called = torch.compile(self._prepared) if pipeline.config.train.compile else self._prepared
         self._moved = _moving_statistics(module) if pipeline.config.train.batch_norm == "train" and blocks else []
 
     def tensors(self) -> dict[str, Tensor]:
@@ -124,7 +126,7 @@ class Stepper:
         image_B1HW = to_device(batch.image_B1HW, device)
         bag = self.pipeline.bags(image_B1HW, augment=(epoch, batch.sample_B))
         seed_micro_step(config.seed, step, micro, self.pipeline.runtime.rank)
-        output = self._prepared(
+        output = self._called(
             bag.tiles_BNCPP,
             uniform_mix=self.schedule.uniform_mix(step),
             instance_logits=config.loss.instance_weight > 0,

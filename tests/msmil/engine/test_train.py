@@ -113,7 +113,6 @@ def test_heads_warm_up_before_the_backbone_trains(train_tiny: Train, tmp_path: P
     "sections",
     [
         {"train": {"precision": "bf16", "epochs": 1}},
-        {"train": {"compile": True, "epochs": 1}},
         {"train": {"channels_last": False, "epochs": 1}},
         {"train": {"accumulation": 3, "epochs": 1}},
         {"train": {"epochs": 1}, "optim": {"clip_grad_norm": 0.1}},
@@ -134,6 +133,22 @@ def test_an_option_trains(train_tiny: Train, sections: dict[str, Any]) -> None:
     before, after = train_tiny(**sections)
     assert all(value.isfinite().all() for value in after.values())
     assert any(key.startswith("backbone.") for key in moved(before, after))
+
+
+def test_the_compiled_model_trains_alike(train_tiny: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by dynamo and AOT autograd; inductor's C++ is torch's own affair and takes minutes to compile."""
+    _, eager = train_tiny(train={"epochs": 1}, name="eager")
+    compiled_models = []
+
+    def traced(model: Any) -> Any:
+        compiled_models.append(model)
+        return compile_model(model, backend="aot_eager")
+
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    _, compiled = train_tiny(train={"epochs": 1, "compile": True}, name="compiled")
+    assert len(compiled_models) == 1
+    assert all(torch.allclose(eager[key], compiled[key], atol=1e-4) for key in eager)
 
 
 def test_gradient_checkpointing_changes_nothing(train_tiny: Train, tmp_path: Path) -> None:
