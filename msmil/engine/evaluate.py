@@ -151,7 +151,8 @@ def _write(
     write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
     for name, figure in _figures(evaluation, split, predictions[split], results):
         save(figure, folder.figures / f"{split}_{name}.png")
-    log.info("%s", results_table(results, results["localisation"]))
+    print(results_table(results, results["localisation"]), flush=True)
+    log.info("metrics, predictions and figures are in %s", folder.root)
 
 
 def _figures(

@@ -10,11 +10,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
+from scipy.ndimage import gaussian_filter
 
 Float = NDArray[np.float32]
 
 FIELD_HEIGHT_MM: Final = 200.0
 SUPERSAMPLING: Final = 2
+LINE_BLUR_MM: Final = 0.3  # tubes have no flat sides
 
 
 @dataclass(frozen=True)
@@ -103,4 +105,6 @@ def draw_lines(canvas: Canvas, lines: Sequence[Line], *, full_scale: float) -> F
         faint = min(1.0, wanted_px / width_px)  # a line thinner than a pixel loses contrast, as it would in a detector
         fill = round(255 * min(1.0, faint * line.level / full_scale))
         pen.line((line.points_mm * scale).ravel().tolist(), fill=fill, width=width_px, joint="curve")
-    return np.asarray(picture.reduce(SUPERSAMPLING), dtype=np.float32) * np.float32(full_scale / 255)
+    layer_HW = np.asarray(picture.reduce(SUPERSAMPLING), dtype=np.float32) * np.float32(full_scale / 255)
+    soft_HW: Float = gaussian_filter(layer_HW, LINE_BLUR_MM * canvas.px_per_mm, truncate=2.5)
+    return soft_HW

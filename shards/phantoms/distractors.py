@@ -102,7 +102,7 @@ def _calcifications(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, 
     )
     coarse = _points(rng, anatomy, canvas, int(rng.integers(1, 5)), 3)
     n = len(coarse)
-    add_spots(layer_HW, canvas, coarse[:, 0], coarse[:, 1], rng.uniform(0.5, 1.6, n), rng.uniform(0.8, 1.3, n))
+    add_spots(layer_HW, canvas, coarse[:, 0], coarse[:, 1], rng.uniform(0.5, 1.6, n), rng.uniform(0.95, 1.4, n))
 
 
 def _vascular_calcification(rng: np.random.Generator, path_mm: Points, canvas: Canvas, layer_HW: Float) -> None:

@@ -122,7 +122,7 @@ def plan_breast(seed: int, exam: int, laterality: Laterality) -> BreastPlan:
     labels = _labels(seed, exam, side)
     masses = [_mass(rng) for _ in range(1 + (rng.random() < 0.15))]
     clusters = [
-        ClusterPlan(int(rng.integers(10, 28)), rng.uniform(8, 22), rng.uniform(0.15, 0.85))
+        ClusterPlan(int(rng.integers(10, 31)), rng.uniform(7, 20), rng.uniform(0.15, 0.85))
         for _ in range(1 + (rng.random() < 0.1))
     ]
     suspicious = any(labels.values())

@@ -14,7 +14,7 @@ from shards.types import Box
 
 # microcalcifications, inside clusters and scattered alike: sigma in mm, added intensity
 SPOT_SIGMA_MM: Final = (0.18, 0.40)
-SPOT_AMPLITUDE: Final = (0.28, 0.60)
+SPOT_AMPLITUDE: Final = (0.25, 0.55)
 CLUSTER_MARGIN_MM: Final = 1.5
 VISIBLE: Final = 0.2  # share of a mass's contrast above which it belongs to the box
 
