@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from launch.arguments import at_least_one
 from launch.ranks import default_ranks
 from msmil.config_io import load_config
 
@@ -33,8 +34,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--data", default="data/demo", help="folder for phantoms and shards (default: data/demo)")
     parser.add_argument("--config", default=CONFIG, help=f"experiment (default: {CONFIG})")
     parser.add_argument("--seed", type=int, default=1, help="seed of the phantoms (default: 1)")
-    parser.add_argument("--processes", type=int, help="processes that make phantoms and shards (default: all cores)")
-    parser.add_argument("--ranks", type=int, help="processes that train (default: one per GPU, else 2)")
+    parser.add_argument(
+        "--processes",
+        type=at_least_one,
+        metavar="N",
+        help="processes that make phantoms and shards (default: all cores)",
+    )
+    parser.add_argument(
+        "--ranks", type=at_least_one, metavar="N", help="processes that train (default: one per GPU, else 2)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options of the experiment")
     parser.set_defaults(run=run)
 

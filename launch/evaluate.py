@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from launch.arguments import at_least_one
 from launch.ranks import default_ranks, rank_program, start_ranks
 from msmil.config_io import load_config
 from shards.errors import UserError
@@ -27,7 +28,9 @@ def add_parser(subparsers: Any) -> None:
         epilog="example: msmil evaluate runs/demo --split test",
     )
     _add_arguments(parser)
-    parser.add_argument("--ranks", type=int, help="processes on this machine (default: one per GPU, else 2)")
+    parser.add_argument(
+        "--ranks", type=at_least_one, metavar="N", help="processes on this machine (default: one per GPU, else 2)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -41,20 +44,21 @@ def run(args: argparse.Namespace) -> int:
 
     find_checkpoint(RunFolder(args.folder), args.checkpoint)
     open_data(config)
+    log = RunFolder(args.folder).log
     arguments = [args.folder, "--split", args.split, "--checkpoint", args.checkpoint]
     if args.shards is not None:
         arguments += ["--shards", args.shards]
-    return start_ranks("launch.evaluate", arguments, ranks=ranks, precision=config.train.precision)
+    return start_ranks("launch.evaluate", arguments, ranks=ranks, precision=config.train.precision, log=log)
 
 
-def main(config: Config, folder: str, *, split: Any, checkpoint: str) -> None:
+def main(config: Config, folder: str, *, split: Any, checkpoint: str, other_data: bool) -> None:
     """Evaluate in this process, one rank of the world that the launcher made."""
     from msmil.engine.evaluate import evaluate
     from msmil.engine.run_folder import RunFolder
     from msmil.engine.runtime import Runtime
 
     runtime = Runtime(config.train)
-    evaluate(config, RunFolder(folder), runtime, split=split, checkpoint=checkpoint)
+    evaluate(config, RunFolder(folder), runtime, split=split, checkpoint=checkpoint, other_data=other_data)
     runtime.close()
 
 
@@ -63,14 +67,15 @@ def rank_main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description="one rank of an evaluation")
     _add_arguments(parser)
     args = parser.parse_args(argv)
-    return rank_program(lambda: main(_config(args), args.folder, split=args.split, checkpoint=args.checkpoint))
+    choice = {"split": args.split, "checkpoint": args.checkpoint, "other_data": args.shards is not None}
+    return rank_program(lambda: main(_config(args), args.folder, **choice))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder, for example runs/demo")
     parser.add_argument("--split", choices=SPLITS, default="test", help="images to judge (default: test)")
     parser.add_argument("--checkpoint", default="best", help="best, latest or step_N (default: best)")
-    parser.add_argument("--shards", help="packed folder (default: the one the run was trained on)")
+    parser.add_argument("--shards", help="other packed data to judge it on (default: those it was trained on)")
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -80,7 +85,20 @@ def _config(args: argparse.Namespace) -> Config:
     if not file.exists():
         raise UserError("is no run folder (no config.yaml)", file=args.folder, fix="name a folder beneath runs/")
     config = load_config(file)
-    return config if args.shards is None else replace(config, data=replace(config.data, shards=args.shards))
+    if args.shards is not None:
+        config = replace(config, data=replace(config.data, shards=args.shards))
+    return _as_this_machine_can(config)
+
+
+def _as_this_machine_can(config: Config) -> Config:
+    """Without a GPU an fp16 run is evaluated in fp32, and synchronised statistics are plain ones: both are said."""
+    from msmil.engine.runtime import gpu_in_use
+
+    if gpu_in_use() or (config.train.precision != "fp16" and config.train.batch_norm != "sync"):
+        return config
+    print("msmil: no GPU here: evaluating in fp32", file=sys.stderr)
+    last = replace(config.data, last_batch="drop")
+    return replace(config, data=last, train=replace(config.train, precision="fp32", batch_norm="train"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.arguments import at_least_one
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def add_parser(subparsers: Any) -> None:
     add("--boxes", type=Path, metavar="CSV", help="table of boxes (--source folder)")
     add("--labels", nargs="+", metavar="LABEL", help="labels to keep (all that the source offers)")
     add("--recipe", choices=("as_is", "mammoclip"), default="as_is", help="preparation of pixels (%(default)s)")
-    add("--height", type=int, metavar="PX", help="stored height (mammoclip: 1520; as_is: that of the first image)")
-    add("--width", type=int, metavar="PX", help="stored width (mammoclip: 912; as_is: that of the first image)")
+    add("--height", type=at_least_one, metavar="PX", help="stored height (mammoclip: 1520; as_is: that of the first image)")
+    add("--width", type=at_least_one, metavar="PX", help="stored width (mammoclip: 912; as_is: that of the first image)")
     add("--codec", choices=("png", "zstd"), default="png", help="png is smaller, zstd decodes faster (%(default)s)")
     validation = parser.add_mutually_exclusive_group()
     validation.add_argument(
@@ -55,8 +56,8 @@ def add_parser(subparsers: Any) -> None:
     )
     validation.add_argument("--validation-fold", type=int, metavar="K", help="the table's fold that validates")
     add("--seed", type=int, default=0, help="seed of the validation split and of the order (%(default)s)")
-    add("--samples-per-shard", type=int, default=256, metavar="N", help="most images in a tar (%(default)s)")
-    add("--processes", type=int, metavar="N", help="processes (one per core)")
+    add("--samples-per-shard", type=at_least_one, default=256, metavar="N", help="most images in a tar (%(default)s)")
+    add("--processes", type=at_least_one, metavar="N", help="processes (one per core)")
     add("--on-broken", choices=("stop", "drop"), default="stop", help="what a broken image does (%(default)s)")
     add("--quiet", action="store_true", help="no progress, no table")
     parser.set_defaults(run=run)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from shards.errors import UserError
 EXIT_USER = 2
 CPU_RANKS = 2
 _FAILURE_FILE = "MSMIL_FAILURE_FILE"
+_FAILURE_NAME = "failure.txt"
+_AGAIN = "the same command again goes on from the last checkpoint"
 
 
 def default_ranks() -> int:
@@ -26,13 +30,15 @@ def default_ranks() -> int:
     return torch.cuda.device_count() or min(CPU_RANKS, os.cpu_count() or 1)
 
 
-def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision: str) -> int:
+def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision: str, log: Path) -> int:
     """Run `python -m module arguments` in `ranks` processes of this machine and wait for them.
 
     Returns:
-        0, or the exit code of the rank that failed first (its reason is printed): 2 for a mistake of the user.
+        0, or the exit code of the rank that failed first: 2 for a mistake of the user. The reason is printed and,
+        where there is a log, is its last line.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is said below, once
@@ -41,14 +47,20 @@ def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision:
     options += ["--num_cpu_threads_per_process", str(_threads(ranks))]
     if ranks > 1:
         options.append("--multi_gpu")  # accelerate's word for several processes, on CPUs too
-    with _environment() as failure:
+    with _environment(module, arguments) as folder:
+        # accelerate would read the user's default file otherwise: everything is said here
+        layout = folder / "layout.yaml"
+        layout.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n", encoding="utf-8")
+        options += ["--config_file", str(layout)]
         try:
             launch_command(launch_command_parser().parse_args([*options, "--module", module, *arguments]))
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
-            return _explain(failure, f"rank {rank} (pid {first.pid})", first.exitcode)
+            return _explain(folder, log, f"rank {rank} (pid {first.pid})", first.exitcode)
         except subprocess.CalledProcessError as error:  # a single rank runs under accelerate's simple launcher
-            return _explain(failure, "the only rank", error.returncode)
+            return _explain(folder, log, "the only rank", error.returncode)
+        except SignalException as error:
+            return _explain(folder, log, "the launcher", -int(error.sigval))
     return 0
 
 
@@ -75,28 +87,41 @@ def _threads(ranks: int) -> int:
 
 
 @contextmanager
-def _environment() -> Iterator[Path]:
-    """What the ranks inherit: where to write the reason of a failure, and whether to stay on the CPU."""
+def _environment(module: str, arguments: Sequence[str]) -> Iterator[Path]:
+    """What the ranks inherit: where to write the reason of a failure, the command, whether to stay on the CPU.
+
+    Yields a temporary folder.
+    """
     import torch
+
+    from msmil.engine.run_folder import COMMAND_VARIABLE
 
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="msmil_") as folder:
-        os.environ[_FAILURE_FILE] = str(Path(folder) / "failure.txt")
+        os.environ[_FAILURE_FILE] = str(Path(folder) / _FAILURE_NAME)
+        os.environ[COMMAND_VARIABLE] = f"msmil {module.rpartition('.')[2]} {shlex.join(arguments)}"
         if not torch.cuda.is_available():
             os.environ["ACCELERATE_USE_CPU"] = "true"
         try:
-            yield Path(folder) / "failure.txt"
+            yield Path(folder)
         finally:
             os.environ.clear()
             os.environ.update(before)
 
 
-def _explain(failure: Path, who: str, code: int) -> int:
+def _explain(folder: Path, log: Path, who: str, code: int) -> int:
+    """Print why it ended, add it to the log, and return the exit code."""
+    failure = folder / _FAILURE_NAME
     if failure.exists():
-        print(f"msmil: error: {failure.read_text(encoding='utf-8').splitlines()[0]}", file=sys.stderr)
-        return EXIT_USER
-    how = f"ended with exit code {code}"
-    if code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
-    print(f"msmil: {who} {how}; the same command again goes on from the last checkpoint", file=sys.stderr)
-    return code if code > 0 else 128 - code
+        text = f"msmil: error: {failure.read_text(encoding='utf-8').splitlines()[0]}"
+        code = EXIT_USER
+    elif code < 0:
+        text = f"msmil: {who} was killed by {signal.Signals(-code).name}; {_AGAIN}"
+        code = 128 - code
+    else:
+        text = f"msmil: {who} ended with exit code {code}; its own words are above"
+    print(text, file=sys.stderr)
+    if log.exists():
+        with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be the reason
+            file.write(text + "\n")
+    return code

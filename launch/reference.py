@@ -5,12 +5,15 @@ from __future__ import annotations
 from msmil.config_io import reference
 
 
+_PIPE = "\\|"  # a bare one would end the cell
+
+
 def markdown() -> str:
     """One table row per option: key, default, meaning."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for option in reference():
-        kind = option.kind.replace("|", "\\|")
-        rows.append(f"| `{option.key}` | `{option.default}` | {option.doc} ({kind}) |")
+        cells = (f"`{option.key}`", f"`{option.default}`", f"{option.doc} ({option.kind})")
+        rows.append(f"| {' | '.join(cell.replace('|', _PIPE) for cell in cells)} |")
     return "\n".join(rows) + "\n"
 
 

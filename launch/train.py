@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.arguments import at_least_one
 from launch.ranks import default_ranks, rank_program, start_ranks
 from msmil.config_io import load_config, reference
 
@@ -27,7 +29,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=f"{_EXAMPLE}\n\noptions of an experiment (default):\n" + "\n".join(_reference_lines()),
     )
     _add_arguments(parser)
-    parser.add_argument("--ranks", type=int, help="processes on this machine (default: one per GPU, else 2)")
+    parser.add_argument(
+        "--ranks", type=at_least_one, metavar="N", help="processes on this machine (default: one per GPU, else 2)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -39,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
     check_experiment(config, ranks)
     arguments = [args.config, *args.overrides]
-    return start_ranks("launch.train", arguments, ranks=ranks, precision=config.train.precision)
+    log = Path(config.output_dir) / config.name / "log.txt"
+    return start_ranks("launch.train", arguments, ranks=ranks, precision=config.train.precision, log=log)
 
 
 def main(config: Config) -> None:

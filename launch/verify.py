@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import at_least_one
+
 _EXIT_BROKEN = 2
 
 
@@ -16,9 +18,10 @@ def add_parser(subparsers: Any) -> None:
         help="re-read a packed folder and check everything",
         description="Check the size and checksum of every tar, the checksum, size and type of every image, and that "
         "the tars, samples.arrow and manifest.json agree. Exit code 2 if anything is wrong.",
+        epilog="example: msmil verify data/shards",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder that `msmil pack` wrote")
-    parser.add_argument("--processes", type=int, metavar="N", help="processes (one per core)")
+    parser.add_argument("--processes", type=at_least_one, metavar="N", help="processes (one per core)")
     parser.add_argument("--quiet", action="store_true", help="no progress, and no table where nothing is wrong")
     parser.set_defaults(run=run)
 

@@ -5,6 +5,7 @@ Read from YAML and `a.b=c` overrides by msmil.config_io. Imports no torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -224,7 +225,18 @@ def _check(config: Config) -> None:
     if train.gradient_checkpointing:
         fix = "set train.batch_norm: frozen, since recomputed activations would move the statistics twice"
         _require(train.batch_norm == "frozen", "train.batch_norm (with gradient_checkpointing)", train.batch_norm, fix)
+    if train.batch_norm != "frozen":
+        fix = "set data.last_batch: drop, since the repeated images of a padded batch would move the statistics"
+        key = "data.last_batch (where statistics move)"
+        _require(data.last_batch == "drop", key, data.last_batch, fix)
+    if model.mil_encoder != "mlp":
+        fix = "set model.encoder_dropout: 0, since only the mlp encoder has a dropout"
+        _require(model.encoder_dropout == 0, "model.encoder_dropout", model.encoder_dropout, fix)
+    fix = "the warm-up must end before the run does"
+    _require(config.optim.warmup_epochs < train.epochs, "optim.warmup_epochs", config.optim.warmup_epochs, fix)
     if train.encoder == "frozen":
+        fix = "set train.trainable_blocks: all, or train.encoder: finetune"
+        _require(train.trainable_blocks == "all", "train.trainable_blocks", train.trainable_blocks, fix)
         fix = "set train.head_warmup_epochs: 0, or train.encoder: finetune"
         _require(train.head_warmup_epochs == 0, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
         fix = "set train.batch_norm: frozen; a frozen encoder runs in eval mode"
@@ -240,6 +252,10 @@ def _check_ranges(config: Config) -> None:
     values["seed"] = config.seed
     for section in ("checkpoint", "evaluate", "tracking"):
         values |= {f"{section}.{k}": v for k, v in vars(getattr(config, section)).items()}
+    for key, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+        _require(finite, key, value, "give a finite number")
     for key in _AT_LEAST_ONE:
         _require(values[key] >= 1, key, values[key], "give a number of at least 1")
     for key in _NOT_NEGATIVE:

@@ -23,7 +23,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = Path(path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise UserError("no such configuration", file=file, fix="name a YAML file, see configs/experiment/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -41,6 +41,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if error.file is not None:
             raise
         raise UserError(error.thing, file=file, fix=error.fix) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML silently lets a second `optim:` replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; a key that stands twice is an error at its line."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards import samples
+from shards.codecs import CODECS
 from shards.errors import UserError
 from shards.files import atomic_file, sha256_file
 from shards.types import SampleRecord
@@ -21,6 +23,7 @@ SCHEMA_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 SAMPLES_NAME: Final = "samples.arrow"
 WORK_FOLDER: Final = ".packing"
+DTYPES: Final = ("uint8", "uint16")
 _FORMAT: Final = "msmil-shards"
 _REPACK: Final = "pack again into an empty folder, or copy the folder again from where it is whole"
 
@@ -89,6 +92,11 @@ class Manifest:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.directory, self.fingerprint)
 
+    @property
+    def table(self) -> pa.Table:
+        """All rows with the columns of samples.arrow, mapped, not copied."""
+        return self._table
+
     def record(self, row: int) -> SampleRecord:
         """Everything about one row; for many rows use the columns."""
         return samples.to_record(self._table, int(row), self.labels)
@@ -139,16 +147,17 @@ def read_manifest(directory: str | Path) -> Manifest:
     """Open a packed folder. samples.arrow is hashed once here (0.2 s for a million rows), not in worker processes.
 
     Raises:
-        UserError: manifest.json or samples.arrow is missing, of another version, not ours, or changed.
+        UserError: manifest.json or samples.arrow is missing, unreadable, of another version, not ours, or changed.
     """
     directory = Path(directory).absolute()
     header = _read_header(directory)
     path = directory / SAMPLES_NAME
-    if not path.is_file():
-        raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
-    expected = header.samples["sha256"]
-    if path.stat().st_size != header.samples["num_bytes"] or sha256_file(path).hex() != expected:
-        raise UserError("changed since it was packed: its checksum is another", fix=_REPACK, file=path)
+    with _os_errors_for_users(path):
+        if not path.is_file():
+            raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
+        expected = header.samples["sha256"]
+        if path.stat().st_size != header.samples["num_bytes"] or sha256_file(path).hex() != expected:
+            raise UserError("changed since it was packed: its checksum is another", fix=_REPACK, file=path)
     return _open(directory, header)
 
 
@@ -156,13 +165,14 @@ def check_shards(manifest: Manifest) -> None:
     """See that every tar is there with its size; cheap, contents are not read.
 
     Raises:
-        UserError: a tar is missing or has another size.
+        UserError: a tar is missing, out of reach, or has another size.
     """
     for shard in manifest.shards:
         path = manifest.directory / shard.name
-        if not path.is_file():
-            raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
-        size = path.stat().st_size
+        with _os_errors_for_users(path):
+            if not path.is_file():
+                raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
+            size = path.stat().st_size
         if size != shard.num_bytes:
             what = "truncated" if size < shard.num_bytes else "longer than packed"
             raise UserError(f"{what}: {size} bytes instead of {shard.num_bytes}", fix=_REPACK, file=path)
@@ -212,16 +222,28 @@ def _open(directory: Path, header: Header) -> Manifest:
     return Manifest(directory, header, table)
 
 
+@contextmanager
+def _os_errors_for_users(path: Path) -> Iterator[None]:
+    """A file or folder that the system does not let us read is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        fix = "see to the permissions of the file and its folder, and to the disk"
+        raise UserError(f"cannot be read ({error.strerror or error})", fix=fix, file=path) from error
+
+
 def _read_header(directory: Path) -> Header:
     path = directory / MANIFEST_NAME
-    if not path.is_file():
-        if (directory / WORK_FOLDER).is_dir():
-            fix = "run the same `msmil pack` command again; it goes on where it stopped"
-            raise UserError("packing was not finished, there is no manifest.json", fix=fix, file=directory)
-        fix = "give the folder that `msmil pack` wrote (it holds manifest.json)"
-        raise UserError("there is no manifest.json", fix=fix, file=directory)
+    with _os_errors_for_users(path):
+        if not path.is_file():
+            if (directory / WORK_FOLDER).is_dir():
+                fix = "run the same `msmil pack` command again; it goes on where it stopped"
+                raise UserError("packing was not finished, there is no manifest.json", fix=fix, file=directory)
+            fix = "give the folder that `msmil pack` wrote (it holds manifest.json)"
+            raise UserError("there is no manifest.json", fix=fix, file=directory)
+        encoded = path.read_bytes()
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(encoded)
     except ValueError as error:
         raise UserError(f"is not JSON ({error})", fix=_REPACK, file=path) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -232,6 +254,11 @@ def _read_header(directory: Path) -> Header:
         fix = f"pack again with this version of msmil, which reads version {SCHEMA_VERSION}"
         raise UserError(f"is of schema version {version}", fix=fix, file=path)
     try:
-        return Header(**content)
+        header = Header(**content)
     except TypeError as error:
         raise UserError(f"has other fields than version {version} has ({error})", fix=_REPACK, file=path) from error
+    for field, value, known in (("codec", header.codec, CODECS), ("dtype", header.dtype, DTYPES)):
+        if value not in known:
+            thing = f"names the {field} {value!r}; known are {', '.join(known)}"
+            raise UserError(thing, fix=_REPACK, file=path)
+    return header

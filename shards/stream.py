@@ -65,10 +65,8 @@ def train_stream(
         UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
             when a sample cannot be read, in its place in the order.
     """
-    row_M = manifest.rows("train")
-    plan = EpochPlan(
-        rows_M=row_M,
-        shard_M=manifest.shard_N()[row_M],
+    plan = train_plan(
+        manifest,
         seed=seed,
         epoch=epoch,
         batch_size=batch_size,
@@ -88,6 +86,28 @@ def train_stream(
     )
     batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
     return _micro_batches(batches, len(columns) // accumulation)
+
+
+def train_plan(
+    manifest: Manifest,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    last_batch: Literal["pad", "drop"],
+    block_shards: int,
+) -> EpochPlan:
+    """The order of a packed folder's training images in an epoch; the arguments are those of `train_stream`."""
+    row_M = manifest.rows("train")
+    return EpochPlan(
+        rows_M=row_M,
+        shard_M=manifest.shard_N()[row_M],
+        seed=seed,
+        epoch=epoch,
+        batch_size=batch_size,
+        last_batch=last_batch,
+        block_shards=block_shards,
+    )
 
 
 def evaluation_stream(

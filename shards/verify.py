@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from shards.errors import UserError
 from shards.files import sha256_file
 from shards.fingerprint import fingerprint, pixels_sha256
 from shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest
+from shards.pack_report import count
 from shards.pack_shard import member_json
 from shards.pool import default_processes, run_tasks
 from shards.reader import ShardReader
@@ -75,7 +76,10 @@ class _Checked:
 
 
 def verify(directory: str | Path, *, processes: int | None = None, quiet: bool = False) -> VerifyReport:
-    """Check every tar's size and checksum, every image's checksum, size and type, every json, and the fingerprint.
+    """Check all of a packed folder.
+
+    That is: every tar's size and checksum, every image's checksum, size and type, every json, the fingerprint, the
+    counts in manifest.json, and that no tar lies there that manifest.json does not name.
 
     Args:
         directory: what `pack` wrote.
@@ -83,8 +87,11 @@ def verify(directory: str | Path, *, processes: int | None = None, quiet: bool =
         quiet: show no progress.
 
     Raises:
-        UserError: the manifest itself cannot be read. What is wrong with the shards is in the report.
+        UserError: the manifest itself cannot be read, or `processes` is below 1. What is wrong with the shards is in
+            the report.
     """
+    if processes is not None and processes < 1:
+        raise UserError(f"{processes} processes", fix="give at least 1 (--processes)")
     manifest = read_manifest(directory)
     checked = run_tasks(
         _check_shard,
@@ -98,6 +105,7 @@ def verify(directory: str | Path, *, processes: int | None = None, quiet: bool =
     problems = [problem for shard in checked for problem in shard.problems]
     if not problems and _fingerprint(manifest, b"".join(shard.pixels for shard in checked)) != manifest.fingerprint:
         problems.append(Problem(MANIFEST_NAME, "its fingerprint is not that of the images, labels and splits"))
+    problems += [*_check_counts(manifest), *_check_foreign_tars(manifest)]
     return VerifyReport(
         directory=manifest.directory, images=len(manifest), shards=len(manifest.shards), problems=tuple(problems)
     )
@@ -107,9 +115,12 @@ def _check_shard(task: _Task, tick: Callable[[], object]) -> _Checked:
     manifest, info = task.manifest, task.manifest.shards[task.shard]
     path = manifest.directory / info.name
     row_S = np.flatnonzero(manifest.shard_N() == task.shard)
-    if not path.is_file():
-        return _Checked([Problem(info.name, "missing")], b"")
-    things = _check_file(path, info)
+    try:
+        if not path.is_file():
+            return _Checked([Problem(info.name, "missing")], b"")
+        things = _check_file(path, info)
+    except OSError as error:
+        things = [f"cannot be read ({error.strerror})"]
     if len(row_S) != info.num_samples:
         things.append(f"the manifest counts {info.num_samples} samples, samples.arrow {len(row_S)}")
     things += _check_members(manifest, path, row_S)
@@ -153,6 +164,36 @@ def _check_members(manifest: Manifest, path: Path, row_S: np.ndarray[tuple[int],
     except (tarfile.TarError, OSError) as error:
         things.append(f"is no readable tar ({error})")
     return things
+
+
+def _check_counts(manifest: Manifest) -> list[Problem]:
+    """Count again what manifest.json says by split and label."""
+    told = dict(_leaves(manifest.header.counts))
+    found = dict(_leaves(count(manifest.table, manifest.labels)))
+    return [
+        Problem(MANIFEST_NAME, f"its count of {name} is {told.get(name)}, that of samples.arrow {found.get(name)}")
+        for name in [*found, *(name for name in told if name not in found)]
+        if told.get(name) != found.get(name)
+    ]
+
+
+def _leaves(counts: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dicts, by their keys: "positives Mass train"."""
+    if not isinstance(counts, dict):
+        yield name, counts
+        return
+    for key, value in counts.items():
+        yield from _leaves(value, f"{name} {key}".strip())
+
+
+def _check_foreign_tars(manifest: Manifest) -> list[Problem]:
+    """Tars that a loader with a wildcard would read, though they are not part of what was packed."""
+    named = {shard.name for shard in manifest.shards}
+    try:
+        present = sorted(path.name for path in manifest.directory.iterdir() if path.suffix == ".tar")
+    except OSError as error:
+        return [Problem(".", f"the folder cannot be listed ({error.strerror})")]
+    return [Problem(name, "is not named by manifest.json") for name in present if name not in named]
 
 
 def _fingerprint(manifest: Manifest, pixels: bytes) -> str:

@@ -71,12 +71,10 @@ def save_checkpoint(
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
         for file in temporary.iterdir():
             _fsync(file)
-        replaced = root / f".{target.name}.old.tmp"
         if target.exists():
-            target.rename(replaced)
+            shutil.rmtree(target)
         temporary.rename(target)
         _fsync(root)
-        shutil.rmtree(replaced, ignore_errors=True)
         point(root, "latest", target.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -130,7 +128,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             loss_scale=content["loss_scale"],
             config_yaml=(folder / "config.yaml").read_text(encoding="utf-8"),
         )
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "remove this folder; the checkpoint before it is used then"
         raise UserError(f"the checkpoint cannot be read ({error})", file=folder, fix=fix) from None
 

@@ -18,6 +18,7 @@ from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest, pointed
 from msmil.engine.pictures import map_figures
 from msmil.engine.pipeline import Pipeline, build_network, open_pipeline
 from msmil.engine.predict import forward_batches, predict
+from msmil.engine.run import check_data
 from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import log, open_log
@@ -40,7 +41,9 @@ class Evaluation:
     network: MILModel
 
 
-def evaluate(config: Config, folder: RunFolder, runtime: Runtime, *, split: Split, checkpoint: str) -> dict[str, Any]:
+def evaluate(
+    config: Config, folder: RunFolder, runtime: Runtime, *, split: Split, checkpoint: str, other_data: bool = False
+) -> dict[str, Any]:
     """Evaluate a run on a split, write its files, and return the results.
 
     Writes predictions/{val,split}.csv, metrics/<split>.json and figures/<split>_*.png into the run folder.
@@ -48,12 +51,15 @@ def evaluate(config: Config, folder: RunFolder, runtime: Runtime, *, split: Spli
     Args:
         config: the run's, perhaps with another data.shards.
         checkpoint: `best`, `latest`, or the name of a folder such as step_00000880.
+        other_data: data.shards is on purpose not what the run was trained on; thresholds then come from the
+            validation split of these other data.
 
     Raises:
         UserError: no checkpoint, other data, no images in the split; a probability that is not finite.
     """
     open_log(folder.log if runtime.is_main else None)
-    evaluation = open_evaluation(config, folder, runtime, find_checkpoint(folder, checkpoint))
+    found = find_checkpoint(folder, checkpoint)
+    evaluation = open_evaluation(config, folder, runtime, found, other_data=other_data)
     pipeline, scales = evaluation.pipeline, evaluation.network.scales
     predictions: dict[str, list[Prediction]] = {
         name: _predict(evaluation, name) for name in dict.fromkeys(("val", split))
@@ -67,6 +73,10 @@ def evaluate(config: Config, folder: RunFolder, runtime: Runtime, *, split: Spli
         confidence=config.evaluate.confidence,
         seed=config.seed,
     )
+    results["split"] = split
+    results["thresholds_from"]["split"] = "val"
+    results["data_fingerprint"] = pipeline.manifest.fingerprint
+    results["other_data_than_trained_on"] = other_data
     results["localisation"] = localise(evaluation, split)
     runtime.on_main(lambda: _write(evaluation, split, predictions, results))
     return results
@@ -76,7 +86,8 @@ def find_checkpoint(folder: RunFolder, name: str) -> Path:
     """The folder of a checkpoint by name; `best` is the latest where no validation metric was defined."""
     root = folder.checkpoints
     found = pointed(root, name) if name in ("best", "latest") else root / name
-    if found is None and name == "best" and (found := newest(root)) is not None:
+    never = not (root / name).exists()
+    if found is None and name == "best" and never and (found := newest(root)) is not None:
         log.warning("no step was the best (no validation metric was defined): the newest checkpoint is evaluated")
     if found is None or not found.is_dir():
         known = ", ".join(["best", "latest", *sorted(path.name for path in root.glob("step_*"))])
@@ -86,12 +97,21 @@ def find_checkpoint(folder: RunFolder, name: str) -> Path:
     return found
 
 
-def open_evaluation(config: Config, folder: RunFolder, runtime: Runtime, checkpoint: Path) -> Evaluation:
+def open_evaluation(
+    config: Config, folder: RunFolder, runtime: Runtime, checkpoint: Path, *, other_data: bool
+) -> Evaluation:
     """The network with a checkpoint's weights (the averaged ones, where it has them) on its data."""
     pipeline = open_pipeline(config, runtime)
     saved = load_checkpoint(checkpoint)
+    if not other_data:
+        check_data(saved, pipeline)
     network = build_network(config, pipeline.image_hw, pretrained=False)
-    network.load_state_dict(evaluated_weights(saved))
+    try:
+        network.load_state_dict(evaluated_weights(saved))
+    except RuntimeError as error:
+        fix = "give shards of the image size it was trained on (inducing points and strides depend on it)"
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"does not fit images of {pipeline.image_hw}: {first}", file=checkpoint, fix=fix) from None
     log.info("evaluating %s (epoch %d, step %d)", checkpoint, saved.state.epoch, saved.state.step)
     return Evaluation(pipeline, folder, network.to(runtime.device))
 

@@ -9,11 +9,13 @@ import torch
 
 from msmil.config import Config
 from msmil.engine.pipeline import build_network, open_data
-from msmil.engine.run_folder import RunFolder
-from msmil.engine.runtime import refuse_environment
+from msmil.engine.run_folder import RunFolder, nearest_folder
+from msmil.engine.runtime import gpu_in_use, refuse_environment, refuse_on_cpu
+from msmil.models.backbone import set_gradient_checkpointing, set_trainable
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.plan import EpochPlan, rank_slice
+from shards.plan import rank_slice
+from shards.stream import train_plan
 
 _COPIES = 3  # weights and Adam's two moments
 
@@ -25,11 +27,16 @@ def check_experiment(config: Config, world: int) -> Manifest:
         UserError: what is wrong, before a process starts or a file is written.
     """
     refuse_environment(config.train)
+    if not gpu_in_use():
+        refuse_on_cpu(config.train)
     manifest = open_data(config)
     rank_slice(config.train.batch_size, world, 0, config.train.accumulation)
     check_splits(config, manifest)
     with torch.device("meta"):
         network = build_network(config, (manifest.height_px, manifest.width_px), pretrained=False)
+    set_trainable(network, config.train.trainable_blocks)
+    if config.train.gradient_checkpointing:
+        set_gradient_checkpointing(network)
     folder = RunFolder(Path(config.output_dir) / config.name)
     folder.check(config)
     _check_space(config, folder, sum(p.numel() * p.element_size() for p in network.parameters()))
@@ -38,10 +45,8 @@ def check_experiment(config: Config, world: int) -> Manifest:
 
 def check_splits(config: Config, manifest: Manifest) -> None:
     """Refuse data sets without a whole global batch to train on, or without validation images."""
-    rows_M = manifest.rows("train")
-    EpochPlan(
-        rows_M=rows_M,
-        shard_M=manifest.shard_N()[rows_M],
+    train_plan(
+        manifest,
         seed=config.seed,
         epoch=0,
         batch_size=config.train.batch_size,
@@ -54,9 +59,7 @@ def check_splits(config: Config, manifest: Manifest) -> None:
 
 
 def _check_space(config: Config, folder: RunFolder, parameter_bytes: int) -> None:
-    nearest = folder.root
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = nearest_folder(folder.root)
     copies = _COPIES + (1 if config.train.ema_decay else 0)
     needed = parameter_bytes * copies * (config.checkpoint.keep_last + 2)  # the best one, and the one being written
     free = shutil.disk_usage(nearest).free

@@ -26,7 +26,7 @@ from msmil.models.backbone import freeze_statistics, set_gradient_checkpointing
 from msmil.models.mil import MILModel
 from msmil.types import TrainState
 from shards.errors import UserError
-from shards.plan import EpochPlan
+from shards.stream import train_plan
 
 
 @dataclass
@@ -52,8 +52,11 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     folder.check(config)
     pipeline = open_pipeline(config, runtime)
     runtime.barrier()  # nobody writes before all have checked
-    if runtime.is_main:
-        folder.open(config)
+
+    def make_folder() -> None:
+        folder.open(config, world=runtime.world, device=runtime.device_name)
+
+    runtime.on_main(make_folder)
     open_log(folder.log if runtime.is_main else None)
     schedule = make_schedule(pipeline)
     network = make_network(pipeline, pretrained=newest(folder.checkpoints) is None)
@@ -86,28 +89,22 @@ def make_network(pipeline: Pipeline, *, pretrained: bool) -> MILModel:
 def make_schedule(pipeline: Pipeline) -> Schedule:
     """Lengths of the run in steps."""
     config = pipeline.config
-    steps = epoch_plan(pipeline, 0).num_batches
-    total = steps * config.train.epochs
-    return Schedule(
-        steps_per_epoch=steps,
-        total_steps=total,
-        warmup_steps=round(steps * config.optim.warmup_epochs),
-        uniform_steps=total * config.loss.uniform_attention_share,
-    )
-
-
-def epoch_plan(pipeline: Pipeline, epoch: int) -> EpochPlan:
-    """The order of the training images in an epoch."""
-    manifest, config = pipeline.manifest, pipeline.config
-    rows_M = manifest.rows("train")
-    return EpochPlan(
-        rows_M=rows_M,
-        shard_M=manifest.shard_N()[rows_M],
+    plan = train_plan(
+        pipeline.manifest,
         seed=config.seed,
-        epoch=epoch,
+        epoch=0,
         batch_size=config.train.batch_size,
         last_batch=config.data.last_batch,
         block_shards=config.data.shuffle_block_shards,
+    )
+    steps = plan.num_batches
+    total = steps * config.train.epochs
+    return Schedule(
+        steps_per_epoch=steps,
+        samples_per_epoch=min(steps * config.train.batch_size, len(plan.rows_M)),
+        total_steps=total,
+        warmup_steps=round(steps * config.optim.warmup_epochs),
+        uniform_steps=total * config.loss.uniform_attention_share,
     )
 
 
@@ -161,4 +158,5 @@ def check_data(checkpoint: Checkpoint, pipeline: Pipeline) -> None:
     before, now = checkpoint.state.data_fingerprint, pipeline.manifest.fingerprint
     if before != now:
         thing = f"was trained on data with fingerprint {before[:12]}, {pipeline.manifest.directory} has {now[:12]}"
-        raise UserError(thing, file=checkpoint.folder, fix="give the shards it was trained on, or another run name")
+        fix = "give the shards it was trained on; to train on others choose another name, to judge others use --shards"
+        raise UserError(thing, file=checkpoint.folder, fix=fix)

@@ -64,9 +64,9 @@ class Runtime:
         refuse_environment(config)
         # accelerate lets this variable win over its argument; accumulation is ours alone
         os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-        use_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
+        use_gpu = gpu_in_use()
         if not use_gpu:
-            _refuse_on_cpu(config)
+            refuse_on_cpu(config)
         self._accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             cpu=not use_gpu,
@@ -76,6 +76,11 @@ class Runtime:
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
+
+    @property
+    def device_name(self) -> str:
+        """What computes, in words."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Wrap model and optimizer for this world; only parameters that train now take part."""
@@ -145,13 +150,16 @@ class Runtime:
         return values
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Do something on rank 0 while the others wait; its UserError is raised on all ranks."""
+        """Do something on rank 0 while the others wait; its UserError (or OSError) is raised on all ranks."""
         error: UserError | None = None
         if self.is_main:
             try:
                 action()
             except UserError as raised:
                 error = raised
+            except OSError as raised:
+                fix = "free space and see that the folder can be written, then start the same command again"
+                error = UserError(f"a file could not be written ({raised.strerror})", file=raised.filename, fix=fix)
         first = self.gather(error)[0]
         if first is not None:
             raise first
@@ -170,7 +178,13 @@ class Runtime:
         self._accelerator.end_training()
 
 
-def _refuse_on_cpu(config: TrainConfig) -> None:
+def gpu_in_use() -> bool:
+    """Whether ranks of this machine run on GPUs; ACCELERATE_USE_CPU keeps them off."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
+
+
+def refuse_on_cpu(config: TrainConfig) -> None:
+    """Refuse what needs a GPU."""
     if config.precision == "fp16":
         raise UserError("train.precision is fp16, but there is no GPU", fix="set train.precision: fp32 or bf16")
     if config.batch_norm == "sync":

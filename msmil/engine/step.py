@@ -43,6 +43,7 @@ class Schedule:
     """Lengths of a run in optimizer steps."""
 
     steps_per_epoch: int
+    samples_per_epoch: int
     total_steps: int
     warmup_steps: int
     uniform_steps: float
@@ -160,7 +161,7 @@ class Stepper:
         self._optimizer.zero_grad()
         if self._moved:
             self.pipeline.runtime.average(self._moved)
-        if self.ema is not None:
+        if self.ema is not None and not self._optimizer.step_was_skipped:
             self.ema.update_parameters(self.module)
 
 

@@ -33,7 +33,11 @@ def open_log(file: Path | None, *, quiet: bool = False) -> None:
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     log.addHandler(console)
     if file is not None:
-        handler = logging.FileHandler(file, encoding="utf-8")
+        try:
+            handler = logging.FileHandler(file, encoding="utf-8")
+        except OSError as error:
+            fix = "make the run folder writable"
+            raise UserError(f"the log cannot be written ({error.strerror})", file=file, fix=fix) from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
 

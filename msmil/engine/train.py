@@ -45,6 +45,7 @@ def train(config: Config, runtime: Runtime) -> TrainState:
     finally:
         if run.tracker is not None:
             run.tracker.close()
+        run.folder.close()
     return run.state
 
 
@@ -93,7 +94,7 @@ def train_epoch(run: Run, epoch: int) -> None:
         shown = (step + 1) % config.tracking.every_steps == 0
         timer.start(exact=shown)
         report = run.stepper(micro_batches, epoch=epoch, step=step, timer=timer)
-        run.state = after_step(run.state, epoch, batch_index, config.train.batch_size)
+        run.state = after_step(run, epoch, batch_index)
         losses.append(report.losses["total"])
         if run.tracker is not None:
             run.tracker.advance()
@@ -101,7 +102,8 @@ def train_epoch(run: Run, epoch: int) -> None:
                 elapsed_s, done = time.perf_counter() - shown_s, run.state.step - shown_step
                 track_step(run, report, timer, done * config.train.batch_size / elapsed_s)
                 shown_s, shown_step = time.perf_counter(), run.state.step
-        if config.checkpoint.every_steps and run.state.step % config.checkpoint.every_steps == 0:
+        last = batch_index + 1 == run.schedule.steps_per_epoch  # the end of an epoch is saved once it is validated
+        if config.checkpoint.every_steps and run.state.step % config.checkpoint.every_steps == 0 and not last:
             save(run)
     run.state = replace(run.state, epoch=epoch + 1, batches_done=0)
     if losses:
@@ -110,14 +112,15 @@ def train_epoch(run: Run, epoch: int) -> None:
         log.info("epoch %d of %d: loss %.4f, %.1f images/s", epoch + 1, config.train.epochs, mean, speed)
 
 
-def after_step(state: TrainState, epoch: int, batch_index: int, batch_size: int) -> TrainState:
-    """The state once a step is done."""
+def after_step(run: Run, epoch: int, batch_index: int) -> TrainState:
+    """The state once a step is done; padding does not count as seen."""
+    size = run.pipeline.config.train.batch_size
     return replace(
-        state,
-        step=state.step + 1,
+        run.state,
+        step=run.state.step + 1,
         epoch=epoch,
         batches_done=batch_index + 1,
-        samples_seen=state.samples_seen + batch_size,
+        samples_seen=run.state.samples_seen + min(size, run.schedule.samples_per_epoch - batch_index * size),
     )
 
 
@@ -153,6 +156,8 @@ def track_step(run: Run, report: StepReport, timer: PhaseTimer, images_per_s: fl
     values |= {f"train/seconds/{phase}": seconds for phase, seconds in timer.seconds.items()}
     values["train/seconds/step"] = sum(timer.seconds.values())
     values["train/gradient_norm"] = report.gradient_norm
+    if run.pipeline.config.train.precision == "fp16":
+        values["train/skipped"] = float(report.skipped)
     values["train/images_per_s"] = images_per_s
     values["train/memory_gb"] = memory_bytes(run.pipeline.runtime.device) / 1e9
     run.tracker.scalars(values, run.state.step)

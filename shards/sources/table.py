@@ -88,17 +88,35 @@ def read_table(file: Path, *, required: Sequence[str], id_column: str) -> Table:
     """Read a CSV file, comma-separated, UTF-8, with a header.
 
     Raises:
-        UserError: the file is missing, empty, no CSV, or lacks a column of `required`.
+        UserError: the file is missing, unreadable, empty, no CSV, has a column twice, or lacks one of `required`.
     """
     try:
-        frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+        # The header is read as a row: pandas would rename a column that comes twice, and take the first column for an
+        # index where the rows are longer than the header. So rows of more cells than the header are an error.
+        cells = pd.read_csv(
+            file,
+            header=None,
+            index_col=False,
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            skipinitialspace=True,
+        )
     except FileNotFoundError as error:
         raise UserError("the table is missing", fix="check its path", file=file) from error
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, IsADirectoryError) as error:
-        fix = "give a CSV file: UTF-8, separated by commas, with a header"
-        raise UserError(f"the table cannot be read ({error})", fix=fix, file=file) from error
-    frame.columns = frame.columns.str.strip()
-    check_columns(file, [str(name) for name in frame.columns], required)
+    except OSError as error:
+        fix = "give a CSV file that you may read"
+        raise UserError(f"the table cannot be read ({error.strerror or error})", fix=fix, file=file) from error
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        fix = "give a CSV file: UTF-8, separated by commas, with a header, no row of more cells than the header"
+        raise UserError(f"the table cannot be read ({str(error).strip()})", fix=fix, file=file) from error
+    names = [str(text).strip() or f"Unnamed: {column}" for column, text in enumerate(cells.iloc[0])]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        thing = f"the table has more than one column {', '.join(map(repr, twice))} (spaces around a name do not count)"
+        raise UserError(thing, fix="name every column differently", file=file)
+    check_columns(file, names, required)
+    frame = cells.iloc[1:].set_axis(names, axis="columns")
     if frame.empty:
         raise UserError("the table has a header and no rows", fix="give a table with a row per image", file=file)
     return Table(file, frame, id_column)

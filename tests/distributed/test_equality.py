@@ -23,7 +23,8 @@ def train_steps(folder: Path, packed: Path, ranks: int, *, accumulation: int = 1
     sections: dict[str, Any] = {
         "name": name,
         "train": {"epochs": 8, "batch_size": 4, "accumulation": accumulation},
-        "loss": {"instance_weight": 1.0, "uniform_attention_share": 0.3},
+        "loss": {"instance_weight": 1.0},
+        "model": {"backbone_options": {"channels": [8, 8, 16, 16], "stem_width": 8, "zero_init_last": False}},
         "bags": AUGMENT,
     }
     config = write_tiny(folder, packed, **sections)
@@ -48,7 +49,11 @@ def test_a_split_batch_trains_as_the_whole_one(
     assert split["gradients"].keys() == one_rank["gradients"].keys()
     for name, gradient in one_rank["gradients"].items():
         difference = (split["gradients"][name] - gradient).norm()
-        assert difference <= 1e-5 * gradient.norm() + 1e-9, f"{name}: {difference / gradient.norm():.1e}"
+        if name.endswith("score.bias"):  # softmax does not feel it: its gradient is rounding noise around 0
+            assert max(difference, gradient.norm()) < 1e-7
+        else:
+            assert gradient.norm() > 1e-7, f"{name} has no gradient to compare"
+            assert difference <= 1e-5 * gradient.norm(), f"{name}: {difference / gradient.norm():.1e}"
     assert split["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
 
 

@@ -36,6 +36,8 @@ def test_phantoms_to_results(
     assert "0 images drawn" in again.out
 
 
-@pytest.mark.parametrize(("ranks", "override"), [(1, []), (2, []), (3, ["train.batch_size=18"]), (16, [])])
+@pytest.mark.parametrize(
+    ("ranks", "override"), [(1, []), (2, []), (3, ["train.batch_size=9"]), (16, ["train.batch_size=16"])]
+)
 def test_the_batch_fits_any_number_of_gpus(ranks: int, override: list[str]) -> None:
     assert demo._batch_for(demo.load_config(ROOT / demo.CONFIG), ranks) == override

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from msmil.engine.checkpoint import load_checkpoint, newest, pointed
 from shards.manifest import read_manifest
+from tests.archives import make_grouped_archive
 from tests.experiments import write_tiny
 from tests.worlds import ROOT, alive, children_running, environment, msmil, run, wait_for
 
@@ -122,6 +123,7 @@ def test_raw_launchers_start_the_same_training(tmp_path: Path, packed: Path, lau
         ({"model": {"scales": [2, 3]}}, [], ("model.scales",)),
         ({"bags": {"pad_multiple_px": 8}}, [], ("bags.pad_multiple_px", "16")),
         ({"train": {"precision": "fp16"}}, [], ("fp16", "GPU")),
+        ({"train": {"trainable_blocks": 99}}, [], ("trainable_blocks", "99")),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -150,6 +152,42 @@ def test_a_folder_with_another_configuration_is_refused(trained: Path, packed: P
 def test_a_variable_that_says_otherwise_is_refused(tmp_path: Path, packed: Path) -> None:
     done = msmil("train", str(write_tiny(tmp_path, packed)), ACCELERATE_MIXED_PRECISION="bf16")
     assert_refused(done, "ACCELERATE_MIXED_PRECISION=bf16", "train.precision: fp32")
+
+
+@pytest.mark.parametrize("command", [("train", "x.yaml"), ("evaluate", "runs/x")])
+@pytest.mark.parametrize("ranks", ["0", "-1", "two"])
+def test_numbers_of_ranks_are_checked(command: tuple[str, str], ranks: str) -> None:
+    done = msmil(*command, "--ranks", ranks)
+    assert done.returncode == 2
+    assert "--ranks" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_other_data_are_judged_only_when_they_are_named(trained: Path, tmp_path: Path) -> None:
+    archive = make_grouped_archive(tmp_path / "other", exams=12, seed=5)
+    source = ["--table", str(archive.table), "--images", str(archive.images)]
+    assert msmil("pack", str(tmp_path / "shards"), *source).returncode == 0
+    run_folder = tmp_path / "run"
+    shutil.copytree(trained, run_folder)
+    config = run_folder / "config.yaml"
+    tree = yaml.safe_load(config.read_text())
+    own = tree["data"]["shards"]
+    config.write_text(yaml.safe_dump(tree | {"data": tree["data"] | {"shards": str(tmp_path / "shards")}}))
+    assert_refused(msmil("evaluate", str(run_folder), "--ranks", "1"), "fingerprint")
+    config.write_text(yaml.safe_dump(tree | {"data": tree["data"] | {"shards": own}}))
+    done = msmil("evaluate", str(run_folder), "--shards", str(tmp_path / "shards"), "--ranks", "1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run_folder / "metrics" / "test.json").read_text())
+    assert results["other_data_than_trained_on"] is True
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_replaced_silently(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    best = pointed(copy / "checkpoints", "best")
+    assert best is not None
+    shutil.rmtree(best)
+    assert_refused(msmil("evaluate", str(copy), "--ranks", "1"), "no checkpoint 'best'")
 
 
 def copy_shards(packed: Path, tmp_path: Path) -> Path:
@@ -215,6 +253,8 @@ def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(tmp_path: Pa
     wait_for(lambda: int((newest(checkpoints) or Path("step_0")).name[5:]) > stopped, deadline_s=60)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
     assert f"step {stopped}" in err
     steps = scalars(tmp_path / "runs" / "killed" / "tensorboard")["train/loss/total"]
     assert steps == sorted(set(steps)), "a resumed curve has no overlap"

@@ -60,9 +60,19 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ({"data": {"labels": ["A", "A"]}}, "each label once"),
         ({"loss": {"pos_weight": [1, 2]}}, "one positive number for each"),
         ({"loss": {"pos_weight": "automatic"}}, "auto | none or list of number"),
-        ({"train": {"encoder": "frozen", "batch_norm": "train"}}, "batch_norm: frozen"),
+        (
+            {"train": {"encoder": "frozen", "batch_norm": "train"}, "data": {"last_batch": "drop"}},
+            "batch_norm: frozen",
+        ),
         ({"train": {"head_warmup_epochs": 30}}, "before the run does"),
         ({"train": {"gradient_checkpointing": True, "batch_norm": "train"}}, "batch_norm: frozen"),
+        ({"optim": {"lr": float("inf")}}, "finite"),
+        ({"bags": {"mean": float("nan")}}, "finite"),
+        ({"loss": {"pos_weight": [float("inf")]}}, "finite"),
+        ({"optim": {"warmup_epochs": 30}}, "warm-up must end"),
+        ({"train": {"encoder": "frozen", "trainable_blocks": 4}}, "trainable_blocks: all"),
+        ({"model": {"mil_encoder": "isab", "encoder_dropout": 0.5}}, "only the mlp encoder"),
+        ({"train": {"batch_norm": "train"}}, "last_batch: drop"),
         ({"name": "a/b"}, "plain folder name"),
         ({"seed": -1}, "not negative"),
         ({"loss": {"instance_weight": 1}, "model": {"deep_supervision": False}}, "deep_supervision: true"),
@@ -76,13 +86,18 @@ def test_what_is_wrong_is_named_with_its_fix(tree: dict[str, object], named: str
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("a: [", "cannot be read as YAML"), ("- 1", "no mapping at its top"), ("optm: {}", "did you mean optim")],
+    [
+        ("optim: {lr: 1}\ntrain: {}\noptim: {}", "'optim' stands twice"),
+        ("a: [", "cannot be read as YAML"),
+        ("- 1", "no mapping at its top"),
+        ("optm: {}", "did you mean optim"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, named: str) -> None:
     file = write(tmp_path / "broken.yaml", text)
     with pytest.raises(UserError, match=r"broken\.yaml") as error:
         load_config(file)
-    assert named in str(error.value) or "did you mean" in str(error.value)
+    assert named in str(error.value)
 
 
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "optim.lr.x=[", "name.x=1"])

@@ -67,6 +67,7 @@ def worst(statistic_NS: NDArray[np.float64], positive_N: NDArray[np.bool_]) -> t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("looked_at", ["image", "breast"])
 @pytest.mark.parametrize("label", LABELS)
 def test_no_trivial_statistic_tells_a_label(
@@ -80,6 +81,7 @@ def test_no_trivial_statistic_tells_a_label(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("looked_at", ["image", "breast"])
 def test_the_statistics_tell_what_is_trivial(measured: dict[str, NDArray[np.float64]], looked_at: str) -> None:
     """The muscle makes MLO views brighter; a test that missed it would prove nothing about lesions."""

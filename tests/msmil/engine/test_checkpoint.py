@@ -87,6 +87,14 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"{}", b'{"format_version": 1}'])
+def test_a_corrupt_state_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "state.json").write_bytes(content)
+    with pytest.raises(UserError, match="step_00000001"):
+        load_checkpoint(folder)
+
+
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     file = folder / "state.json"

@@ -5,26 +5,49 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from msmil.config import Config
-from msmil.config_io import config_from_dict, load_config
-from msmil.engine.run_folder import RunFolder
+from msmil.config_io import config_from_dict, dump_config, load_config
+from msmil.engine.checkpoint import save_checkpoint
+from msmil.engine.run_folder import RunFolder, describe_environment
+from msmil.types import TrainState
 from shards.errors import UserError
 
 
-def test_opening_writes_configuration_and_environment(tmp_path: Path) -> None:
+def trained(root: Path, config: Config) -> RunFolder:
+    """A folder with a checkpoint of this configuration."""
+    folder = RunFolder(root)
+    folder.open(config, world=2, device="CPU")
+    state = TrainState(
+        step=1, epoch=1, batches_done=0, samples_seen=8, best_metric=None, best_step=None, data_fingerprint=""
+    )
+    parts = {"model": {"w": torch.ones(1)}, "optimizer": {}, "ema": None, "loss_scale": None}
+    save_checkpoint(folder.checkpoints, state=state, config_yaml=dump_config(config), **parts)  # type: ignore[arg-type]
+    folder.close()
+    return folder
+
+
+def test_opening_writes_configuration_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(tmp_path / "runs" / "a")
+    monkeypatch.setenv("MSMIL_COMMAND", "msmil train a.yaml")
     for _ in range(2):
-        folder.open(Config(name="a"))
+        folder.open(Config(name="a"), world=2, device="CPU")
+        folder.close()
     assert load_config(folder.config) == Config(name="a")
     text = folder.environment.read_text()
-    assert text.count("started:") == 2
-    assert all(word in text for word in ("torch:", "commit:", "command:", "python:"))
+    assert text.count("started:") == text.count("command: msmil train a.yaml") == text.count("ranks: 2 on CPU") == 2
+    assert all(word in text for word in ("torch:", "commit:", "python:"))
+
+
+def test_a_machine_without_git_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "commit: unknown (no git)" in describe_environment(1, "CPU")
 
 
 def test_another_configuration_is_refused_with_both_values(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.open(Config())
+    folder = trained(tmp_path, Config())
+    folder.config.unlink()  # the checkpoint's own copy decides
     with pytest.raises(UserError) as error:
         folder.check(config_from_dict({"optim": {"lr": 0.5}, "model": {"fpn_dim": 8}}))
     assert "optim.lr is 5e-05 there and 0.5 now" in str(error.value)
@@ -35,12 +58,25 @@ def test_another_configuration_is_refused_with_both_values(tmp_path: Path) -> No
     "tree", [{"data": {"workers": 7}}, {"tracking": {"every_steps": 1}}, {"data": {"shards": "elsewhere"}}, {}]
 )
 def test_what_moves_no_weight_may_change(tmp_path: Path, tree: dict[str, object]) -> None:
+    trained(tmp_path, Config()).check(config_from_dict(tree))
+
+
+def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.open(Config())
-    folder.check(config_from_dict(tree))
+    folder.open(Config(), world=1, device="CPU")
+    folder.check(config_from_dict({"optim": {"lr": 0.5}}))
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    first.open(Config(), world=1, device="CPU")
+    with pytest.raises(UserError, match="another process trains"):
+        RunFolder(tmp_path).open(Config(), world=1, device="CPU")
+    first.close()
+    RunFolder(tmp_path).open(Config(), world=1, device="CPU")
 
 
 def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="output_dir"):
+    with pytest.raises(UserError, match="is no folder"):
         RunFolder(tmp_path / "file" / "run").check(Config())
