@@ -44,8 +44,8 @@ def add_parser(subparsers: Any) -> None:
     add("--boxes", type=Path, metavar="CSV", help="table of boxes (--source folder)")
     add("--labels", nargs="+", metavar="LABEL", help="labels to keep (all that the source offers)")
     add("--recipe", choices=("as_is", "mammoclip"), default="as_is", help="preparation of pixels (%(default)s)")
-    add("--height", type=at_least_one, metavar="PX", help="stored height (mammoclip: 1520; as_is: that of the first image)")
-    add("--width", type=at_least_one, metavar="PX", help="stored width (mammoclip: 912; as_is: that of the first image)")
+    add("--height", type=at_least_one, metavar="PX", help="stored height (mammoclip: 1520; as_is: the first image's)")
+    add("--width", type=at_least_one, metavar="PX", help="stored width (mammoclip: 912; as_is: the first image's)")
     add("--codec", choices=("png", "zstd"), default="png", help="png is smaller, zstd decodes faster (%(default)s)")
     validation = parser.add_mutually_exclusive_group()
     validation.add_argument(

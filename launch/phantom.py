@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
     add("out", metavar="OUT", type=Path, help="folder for the table and the images")
     add("--exams-training", type=int, default=400, metavar="N", help="exams marked as training (%(default)s)")
     add("--exams-test", type=int, default=100, metavar="N", help="exams marked as test (%(default)s)")
-    add("--height", type=at_least_one, default=384, metavar="PX", help="height of the images, 200 mm of tissue (%(default)s)")
+    add("--height", type=at_least_one, default=384, metavar="PX", help="height of the images, 200 mm (%(default)s)")
     add("--width", type=at_least_one, default=240, metavar="PX", help="width of the images (%(default)s)")
     add("--seed", type=int, default=0, help="everything drawn is a function of it (%(default)s)")
     add("--processes", type=at_least_one, metavar="N", help="processes (one per core)")

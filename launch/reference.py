@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from msmil.config_io import reference
 
-
 _PIPE = "\\|"  # a bare one would end the cell
 
 

@@ -19,6 +19,11 @@ def test_the_table_of_options_is_the_generated_one() -> None:
     assert markdown() in TEXT, "run python -m launch.reference and paste its table"
 
 
+def test_every_row_of_the_table_of_options_has_three_cells() -> None:
+    for row in markdown().splitlines():
+        assert len(re.findall(r"(?<!\\)\|", row)) == 4, row
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/\S+\.yaml", TEXT))))
 def test_named_files_exist(path: str) -> None:
     assert (ROOT / path).is_file()

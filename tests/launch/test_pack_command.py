@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from launch.cli import build_parser
 from shards.manifest import read_manifest
 from tests.archives import GroupedArchive, write_csv
 
@@ -124,8 +127,21 @@ def test_errors_are_one_line_with_exit_code_2(tiny_archive: GroupedArchive, tmp_
     assert "there is no manifest.json" in error_of(msmil("verify", tmp_path))
 
 
-@pytest.mark.parametrize("command", ["pack", "verify"])
-def test_help_names_every_option(command: str) -> None:
+def options_of(command: str) -> dict[str, str | None]:
+    """All options of a command with their help."""
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    actions = commands.choices[command]._actions
+    return {option: action.help for action in actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("command", ["pack", "verify", "phantom"])
+def test_help_names_every_option_and_its_meaning(command: str) -> None:
     done = msmil(command, "--help")
     assert done.returncode == 0
-    assert "--processes" in done.stdout
+    options = options_of(command)
+    assert {"--help", "--processes", "--quiet"} <= set(options)
+    for option, meaning in options.items():
+        lines = done.stdout.partition("\noptions:\n")[2].splitlines()
+        assert any(re.match(rf"  (-h, )?{option}\b", line) for line in lines), f"{option} is not in the help"
+        assert meaning, f"{option} has no help"

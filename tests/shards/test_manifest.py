@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -167,6 +168,8 @@ def edit(path: Path, **changed: Any) -> None:
         (lambda f: (f / "manifest.json").write_text('{"a": 1}'), "manifest.json", "is not a manifest of packed"),
         (lambda f: edit(f / "manifest.json", schema_version=99), "manifest.json", "is of schema version 99"),
         (lambda f: edit(f / "manifest.json", colour="red"), "manifest.json", "has other fields .*colour"),
+        (lambda f: edit(f / "manifest.json", codec="jxl"), "manifest.json", "codec 'jxl'; known are png, zstd"),
+        (lambda f: edit(f / "manifest.json", dtype="int32"), "manifest.json", "dtype 'int32'; known are uint8, uint16"),
         (lambda f: edit(f / "manifest.json", labels=["Cyst"]), "samples.arrow", "its columns are not those"),
         (lambda f: (f / "samples.arrow").unlink(), "samples.arrow", "missing, though manifest.json names it"),
         (lambda f: flip_byte(f / "samples.arrow"), "samples.arrow", "its checksum is another"),
@@ -198,6 +201,35 @@ def test_check_shards(packed: Path, tmp_path: Path, damage: Callable[[Path], Any
     with pytest.raises(UserError, match=said) as caught:
         check_shards(manifest)
     assert caught.value.file == str(folder / "shard-000003.tar")
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, method: str, forbidden: Path) -> None:
+    """Let a method of Path fail for one file, as it does for a user without permission (who may not be root)."""
+    real = getattr(Path, method)
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, method, refuse)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "samples.arrow"])
+@pytest.mark.parametrize("method", ["open", "stat"])  # the file, or its folder, is not ours to read
+def test_an_unreadable_file_is_named(packed: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
+    forbid(monkeypatch, method, packed / name)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)") as caught:
+        read_manifest(packed)
+    assert caught.value.file == str(packed / name)
+
+
+def test_a_tar_out_of_reach_is_named(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(packed)
+    forbid(monkeypatch, "stat", packed / "shard-000003.tar")
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)") as caught:
+        check_shards(manifest)
+    assert caught.value.file == str(packed / "shard-000003.tar")
 
 
 def test_labels_of_the_fixture_are_packed(packed: Path) -> None:

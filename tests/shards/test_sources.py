@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,7 @@ class TestGroupedTable:
         (b"", "the table cannot be read"),
         (b'image_id,view\n"a,b\n', "the table cannot be read"),
         (b"\xff\xfe\x00i\x00m", "the table cannot be read"),
+        (b"image_id,view\na,CC,\nb,CC,\n", "the table cannot be read .*Expected 2 fields in line 2, saw 3"),
     ],
 )
 def test_a_file_that_is_no_table(tmp_path: Path, content: bytes | None, said: str) -> None:
@@ -169,6 +172,46 @@ def test_a_file_that_is_no_table(tmp_path: Path, content: bytes | None, said: st
     with pytest.raises(UserError, match=said) as caught:
         read_grouped_table(table, tmp_path)
     assert caught.value.file == str(table)
+
+
+def test_a_table_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, real = tmp_path / "table.csv", builtins.open
+    table.write_text("image_id\n1\n")
+
+    def refuse(file: Any, *args: Any, **options: Any) -> Any:
+        if str(file) == str(table):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real(file, *args, **options)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    with pytest.raises(UserError, match=r"the table cannot be read \(Permission denied\)") as caught:
+        read_grouped_table(table, tmp_path)
+    assert caught.value.file == str(table)
+
+
+@pytest.mark.parametrize("path", [".", "file.txt/table.csv"])
+def test_a_path_that_is_no_file(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(UserError, match="the table cannot be read"):
+        read_grouped_table(tmp_path / path, tmp_path)
+
+
+@pytest.mark.parametrize("again", ["Cancer", "Cancer ", " Cancer"])
+def test_a_column_that_comes_twice_is_named(tmp_path: Path, again: str) -> None:
+    table = tmp_path / "mine.csv"
+    table.write_text(f"image,patient_id,laterality,view,Cancer,Cyst,{again}\na.png,p,L,CC,1,0,0\n")
+    with pytest.raises(UserError, match="more than one column 'Cancer' ") as caught:
+        read_image_folder(table, tmp_path)
+    assert caught.value.file == str(table)
+
+
+def test_commas_at_the_end_of_all_rows_shift_no_column(tmp_path: Path) -> None:
+    table = tmp_path / "mine.csv"
+    table.write_text("image,patient_id,laterality,view,Cancer\na.png,p,L,CC,1,\nb.png,p,L,MLO,0,\n")
+    with pytest.raises(UserError, match="Expected 5 fields in line 2, saw 6") as caught:
+        read_image_folder(table, tmp_path)
+    assert "no row of more cells than the header" in caught.value.fix
+    assert "\n" not in str(caught.value)
 
 
 def test_a_table_without_rows(tiny_archive: GroupedArchive) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tarfile
@@ -166,3 +167,47 @@ def test_a_folder_whose_manifest_is_broken_is_an_error(folder: Path) -> None:
     (folder / "samples.arrow").write_bytes(b"")
     with pytest.raises(UserError, match="checksum"):
         verify(folder, quiet=True)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_a_tar_that_cannot_be_read_is_a_problem(packed: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    tar, real = packed / "shard-000002.tar", Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path == tar:
+            raise OSError(code, "the reason", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert check(packed) == [("shard-000002.tar", "cannot be read (the reason)")]
+
+
+def test_counts_that_are_not_those_of_the_rows_are_found(folder: Path) -> None:
+    path = folder / "manifest.json"
+    header = json.loads(path.read_text())
+    images, positives = header["counts"]["images"], header["counts"]["positives"]
+    images["train"] += 1
+    del positives["Mass"]["test"]
+    header["counts"]["pages"] = 3
+    path.write_text(json.dumps(header))
+    manifest = read_manifest(folder)
+    rows = manifest.rows("test")
+    positive = int((manifest.label_NK(["Mass"])[rows] == 1).sum())
+    train = len(manifest.rows("train"))
+    assert check(folder) == [
+        ("manifest.json", f"its count of images train is {train + 1}, that of samples.arrow {train}"),
+        ("manifest.json", f"its count of positives Mass test is None, that of samples.arrow {positive}"),
+        ("manifest.json", "its count of pages is 3, that of samples.arrow None"),
+    ]
+
+
+def test_a_tar_that_the_manifest_does_not_name_is_found(folder: Path) -> None:
+    shutil.copy(folder / "shard-000000.tar", folder / "shard-000008.tar")
+    (folder / "notes.txt").write_text("no tar")
+    assert check(folder) == [("shard-000008.tar", "is not named by manifest.json")]
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_fewer_than_one_process_is_an_error(packed: Path, processes: int) -> None:
+    with pytest.raises(UserError, match=f"{processes} processes"):
+        verify(packed, processes=processes, quiet=True)
