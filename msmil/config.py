@@ -232,8 +232,8 @@ def _check(config: Config) -> None:
     if model.mil_encoder != "mlp":
         fix = "set model.encoder_dropout: 0, since only the mlp encoder has a dropout"
         _require(model.encoder_dropout == 0, "model.encoder_dropout", model.encoder_dropout, fix)
-    fix = "the warm-up must end before the run does"
-    _require(config.optim.warmup_epochs < train.epochs, "optim.warmup_epochs", config.optim.warmup_epochs, fix)
+    fix = "the warm-up must not outlast the run"
+    _require(config.optim.warmup_epochs <= train.epochs, "optim.warmup_epochs", config.optim.warmup_epochs, fix)
     if train.encoder == "frozen":
         fix = "set train.trainable_blocks: all, or train.encoder: finetune"
         _require(train.trainable_blocks == "all", "train.trainable_blocks", train.trainable_blocks, fix)

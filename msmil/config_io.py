@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = Path(path)
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError("no such configuration", file=file, fix="name a YAML file, see configs/experiment/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -43,8 +44,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(error.thing, file=file, fix=error.fix) from None
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML silently lets a second `optim:` replace the first."""
+class _Loader(yaml.SafeLoader):
+    """Plain YAML silently lets a second `optim:` replace the first, and reads 1e-4 (without a dot) as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping; a key that stands twice is an error at its line."""
@@ -56,6 +57,11 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
@@ -120,7 +126,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not found or not key:
         raise UserError(f"override {override!r} is not of the form a.b=c", fix="write for example optim.lr=1e-4")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = yaml.load(text, _Loader) if text else ""
     except yaml.YAMLError:
         raise UserError(
             f"the value of override {override!r} is no YAML", fix="quote it, for example 'a=[1, 2]'"

@@ -3,13 +3,14 @@
 B bags (images), K labels, I instances of one scale, N tiles, S scales, H W pixels of the stored image, h w cells of a
 scale (one cell is stride x stride pixels of the padded image).
 
-A cell's value belongs to the cell's centre: pixel y of the padded image, whose centre is y + 0.5, lies at
-(y + 0.5) / stride - 0.5 on the grid of cells.
+A cell's value belongs to the point that the cell looks at: (i + 0.5) * stride + d for cell i, where the offset d is
+the network's (`msmil.models.centres`). Pixel y of the padded image, whose centre is y + 0.5, then lies at
+(y + 0.5 - d) / stride - 0.5 on the grid of cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,13 +52,14 @@ def map_names(scales: Iterable[int], *, attention: bool = True, instance: bool =
 
 
 @torch.no_grad()
-def maps(output: BagOutput, bag: Bag, breast_BHW: Tensor) -> Maps:
+def maps(output: BagOutput, bag: Bag, breast_BHW: Tensor, offsets: Mapping[int, tuple[float, float]]) -> Maps:
     """Maps of every scale and label, and their merger.
 
     Args:
         output: of the model on `bag`, with attention, instance logits, or both; its scale weights in their order.
         bag: the bags, with the padding and the tiles' corners.
         breast_BHW: bool, the breast in the stored images (`breast_masks`), on the same device; not empty.
+        offsets: (dy, dx) in pixels of a cell's true centre from (i + 0.5) * stride, for every stride.
 
     merged = sum_s v_s * mean over kinds of u(map_s), with
         u(x) = (x - min) / (max - min), minimum and maximum over the breast of that image, 0 where they are equal;
@@ -73,7 +75,10 @@ def maps(output: BagOutput, bag: Bag, breast_BHW: Tensor) -> Maps:
         fix = "use a pooling with attention, or ask the model for instance logits"
         raise UserError("the model returned neither attention nor instance logits: there is no map", fix=fix)
     attention, instance = (
-        {stride: _in_image(value_BKI, stride, bag, breast_BHW) for stride, value_BKI in (by_stride or {}).items()}
+        {
+            stride: _in_image(value_BKI, stride, bag, breast_BHW, offsets[stride])
+            for stride, value_BKI in (by_stride or {}).items()
+        }
         for by_stride in (output.attention, output.instance_logit)
     )
     strides = list(attention or instance)
@@ -91,7 +96,7 @@ def maps(output: BagOutput, bag: Bag, breast_BHW: Tensor) -> Maps:
     return Maps(attention, instance, merged_BKHW)
 
 
-def _in_image(value_BKI: Tensor, stride: int, bag: Bag, breast_BHW: Tensor) -> Tensor:
+def _in_image(value_BKI: Tensor, stride: int, bag: Bag, breast_BHW: Tensor, offset_yx: tuple[float, float]) -> Tensor:
     map_BKhw = stitch(
         value_BKI,
         origin_N2=bag.origin_N2,
@@ -105,6 +110,7 @@ def _in_image(value_BKI: Tensor, stride: int, bag: Bag, breast_BHW: Tensor) -> T
         pad_left_B=bag.pad_left_B,
         pad_top_B=bag.pad_top_B,
         image_hw=(breast_BHW.shape[1], breast_BHW.shape[2]),
+        offset_yx=offset_yx,
     )
 
 
@@ -151,14 +157,21 @@ def stitch(
 
 
 def to_image(
-    map_BKhw: Tensor, *, padded_hw: tuple[int, int], pad_left_B: Tensor, pad_top_B: Tensor, image_hw: tuple[int, int]
+    map_BKhw: Tensor,
+    *,
+    padded_hw: tuple[int, int],
+    pad_left_B: Tensor,
+    pad_top_B: Tensor,
+    image_hw: tuple[int, int],
+    offset_yx: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
     """A map of cells as float32 [B, K, H, W] in the pixels of the stored image: bilinear, each image's padding cut off.
 
+    The value of cell i appears at (i + 0.5) * stride + offset, in pixels of the padded image along each axis.
     Between centres of cells the value is interpolated; outside the outermost centres it stays constant.
     """
-    y_BH = _grid(pad_top_B, image_hw[0], padded_hw[0], map_BKhw.device)
-    x_BW = _grid(pad_left_B, image_hw[1], padded_hw[1], map_BKhw.device)
+    y_BH = _grid(pad_top_B, image_hw[0], padded_hw[0], offset_yx[0], map_BKhw.device)
+    x_BW = _grid(pad_left_B, image_hw[1], padded_hw[1], offset_yx[1], map_BKhw.device)
     grid_BHW2 = torch.stack(
         [x_BW[:, None, :].expand(-1, image_hw[0], -1), y_BH[:, :, None].expand(-1, -1, image_hw[1])], dim=-1
     )
@@ -167,10 +180,10 @@ def to_image(
     )
 
 
-def _grid(pad_B: Tensor, length: int, padded: int, device: torch.device) -> Tensor:
-    """Centres of the image's pixels along one axis, float64 [B, length], where the padded image spans -1..1."""
+def _grid(pad_B: Tensor, length: int, padded: int, offset: float, device: torch.device) -> Tensor:
+    """Centres of the image's pixels along one axis, float64 [B, length], where the shifted map spans -1..1."""
     pixel_L = torch.arange(length, device=device, dtype=torch.float64)
-    return (pad_B.to(device)[:, None] + pixel_L + 0.5) * (2 / padded) - 1
+    return (pad_B.to(device)[:, None] + pixel_L + 0.5 - offset) * (2 / padded) - 1
 
 
 def normalise(map_BKHW: Tensor, breast_BHW: Tensor) -> Tensor:

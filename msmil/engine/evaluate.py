@@ -24,6 +24,7 @@ from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import log, open_log
 from msmil.evaluation.predictions import write_atomically, write_predictions
 from msmil.evaluation.results import classification_results, results_table
+from msmil.models.centres import CellOffsets, cell_centres
 from msmil.models.mil import MILModel
 from msmil.reporting.figures import classification_figures, save
 from msmil.types import Prediction
@@ -77,8 +78,9 @@ def evaluate(
     results["thresholds_from"]["split"] = "val"
     results["data_fingerprint"] = pipeline.manifest.fingerprint
     results["other_data_than_trained_on"] = other_data
-    results["localisation"] = localise(evaluation, split)
-    runtime.on_main(lambda: _write(evaluation, split, predictions, results))
+    offsets = cell_centres(evaluation.network, evaluation.pipeline.tile_hw)
+    results["localisation"] = localise(evaluation, split, offsets)
+    runtime.on_main(lambda: _write(evaluation, split, predictions, results, offsets))
     return results
 
 
@@ -132,7 +134,7 @@ def _predict(evaluation: Evaluation, split: str) -> list[Prediction]:
     return predict(evaluation.pipeline, evaluation.network, evaluation.network.scales, rows)
 
 
-def localise(evaluation: Evaluation, split: str) -> dict[str, Any]:
+def localise(evaluation: Evaluation, split: str, offsets: CellOffsets) -> dict[str, Any]:
     """How often the peak of each map lies in a box, over the split's images that have one."""
     pipeline, network = evaluation.pipeline, evaluation.network
     manifest, runtime = pipeline.manifest, pipeline.runtime
@@ -146,7 +148,7 @@ def localise(evaluation: Evaluation, split: str) -> dict[str, Any]:
     ):
         breast_BHW = breast_masks(batch.image_B1HW).to(runtime.device)
         boxes = [manifest.record(int(row)).boxes for row in batch.sample_B]
-        hits.add(maps(output, bag, breast_BHW).named(), breast_BHW, boxes)
+        hits.add(maps(output, bag, breast_BHW, offsets).named(), breast_BHW, boxes)
     hits.count_KM3 = np.sum(runtime.gather(hits.count_KM3), axis=0)
     return hits.results()
 
@@ -160,7 +162,11 @@ def rows_with_boxes(pipeline: Pipeline, split: str) -> np.ndarray:
 
 
 def _write(
-    evaluation: Evaluation, split: str, predictions: dict[str, list[Prediction]], results: dict[str, Any]
+    evaluation: Evaluation,
+    split: str,
+    predictions: dict[str, list[Prediction]],
+    results: dict[str, Any],
+    offsets: CellOffsets,
 ) -> None:
     folder, pipeline = evaluation.folder, evaluation.pipeline
     for part in (folder.predictions, folder.metrics, folder.figures):
@@ -169,14 +175,14 @@ def _write(
         write_predictions(folder.predictions / f"{name}.csv", rows, pipeline.labels, evaluation.network.scales)
     text = json.dumps(results, indent=2, allow_nan=False)
     write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
-    for name, figure in _figures(evaluation, split, predictions[split], results):
+    for name, figure in _figures(evaluation, split, predictions[split], results, offsets):
         save(figure, folder.figures / f"{split}_{name}.png")
     print(results_table(results, results["localisation"]), flush=True)
     log.info("metrics, predictions and figures are in %s", folder.root)
 
 
 def _figures(
-    evaluation: Evaluation, split: str, predictions: list[Prediction], results: dict[str, Any]
+    evaluation: Evaluation, split: str, predictions: list[Prediction], results: dict[str, Any], offsets: CellOffsets
 ) -> Iterator[tuple[str, Any]]:
     pipeline, network = evaluation.pipeline, evaluation.network
     settings = pipeline.config.evaluate
@@ -188,4 +194,4 @@ def _figures(
         seed=pipeline.config.seed,
     ).items()
     rows_N = rows_with_boxes(pipeline, split)
-    yield from map_figures(pipeline, network, rows_N, predictions, instance=network.deep_supervision)
+    yield from map_figures(pipeline, network, rows_N, predictions, instance=network.deep_supervision, offsets=offsets)

@@ -12,6 +12,7 @@ from msmil.detection.breast import breast_masks
 from msmil.detection.heatmap import maps
 from msmil.engine.pipeline import Pipeline
 from msmil.engine.predict import forward_batches
+from msmil.models.centres import CellOffsets
 from msmil.reporting.figures import MapRow, maps_figure
 from msmil.types import Prediction
 
@@ -19,7 +20,13 @@ IMAGES: Final = 6
 
 
 def map_figures(
-    pipeline: Pipeline, network: nn.Module, rows_N: np.ndarray, predictions: Sequence[Prediction], *, instance: bool
+    pipeline: Pipeline,
+    network: nn.Module,
+    rows_N: np.ndarray,
+    predictions: Sequence[Prediction],
+    *,
+    instance: bool,
+    offsets: CellOffsets,
 ) -> Iterator[tuple[str, Any]]:
     """One figure per label, (`<label>_maps`, figure): images with a box of it, from most to least probable.
 
@@ -27,27 +34,40 @@ def map_figures(
         rows_N: rows of the manifest with boxes.
         predictions: of their split.
         instance: the network has heads per scale, and so maps of instance logits.
+        offsets: of the cells' true centres, in pixels by stride (`cell_centres`).
     """
     probability = {p.image_id: p.probability for p in predictions}
     for k, label in enumerate(pipeline.labels):
         chosen = _spread(pipeline, rows_N, label, {key: value[label] for key, value in probability.items()})
-        rows = [
-            MapRow(
+        rows = list(_map_rows(pipeline, network, chosen, k, instance=instance, offsets=offsets))
+        if rows:
+            yield f"{label}_maps", maps_figure(rows, label)
+
+
+def _map_rows(
+    pipeline: Pipeline,
+    network: nn.Module,
+    rows_M: np.ndarray,
+    k: int,
+    *,
+    instance: bool,
+    offsets: CellOffsets,
+) -> Iterator[MapRow]:
+    """The pictures of label k, image by image."""
+    label = pipeline.labels[k]
+    for batch, bag, output in forward_batches(
+        pipeline, network, rows_M, instance_logits=instance, what=f"maps of {label}"
+    ):
+        breast_BHW = breast_masks(batch.image_B1HW)
+        found = maps(output, bag, breast_BHW.to(output.logit_BK.device), offsets).named()
+        for b, row in enumerate(batch.sample_B):
+            yield MapRow(
                 image_HW=batch.image_B1HW[b, 0].numpy(),
                 breast_HW=breast_BHW[b].numpy(),
                 maps={name: map_BKHW[b, k].cpu().numpy() for name, map_BKHW in found.items()},
                 boxes=[box for box in pipeline.manifest.record(int(row)).boxes if box.label == label],
                 title=f"p = {float(output.logit_BK[b, k].sigmoid()):.2f}",
             )
-            for batch, bag, output in forward_batches(
-                pipeline, network, chosen, instance_logits=instance, what=f"maps of {label}"
-            )
-            for breast_BHW in [breast_masks(batch.image_B1HW)]
-            for found in [maps(output, bag, breast_BHW.to(output.logit_BK.device)).named()]
-            for b, row in enumerate(batch.sample_B)
-        ]
-        if rows:
-            yield f"{label}_maps", maps_figure(rows, label)
 
 
 def _spread(pipeline: Pipeline, rows_N: np.ndarray, label: str, probability: dict[str, float]) -> np.ndarray:

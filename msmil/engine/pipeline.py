@@ -36,6 +36,11 @@ class Pipeline:
         """Height and width of stored images in pixels."""
         return self.manifest.height_px, self.manifest.width_px
 
+    @property
+    def tile_hw(self) -> tuple[int, int]:
+        """Height and width of a tile in pixels; the padded image's in `image` mode."""
+        return tile_hw(padded_size(*self.image_hw, self.config.bags), self.config.bags)
+
 
 def open_data(config: Config) -> Manifest:
     """Read and check the data set of a configuration: shards whole, labels known.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,14 @@ def real_shards(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> Pa
     for p, (patient, split) in enumerate(SPLITS.items()):
         # one validation image is enough here: a forward pass takes seconds
         for v, view in enumerate(VIEWS if split == "training" else VIEWS[:1]):
-            cells = {"image": f"{view}.png", "image_id": f"{patient}{view}", "patient_id": patient, "split": split}
+            (folder / "images" / patient).mkdir(parents=True, exist_ok=True)
+            shutil.copy(real_data / "real_exam_8bit" / f"{view}.png", folder / "images" / patient)
+            cells = {
+                "image": f"{patient}/{view}.png",
+                "image_id": f"{patient}{view}",
+                "patient_id": patient,
+                "split": split,
+            }
             cells |= {"laterality": view[0], "view": view[2:]}
             rows.append(cells | {label: (v + p + k) % 2 for k, label in enumerate(LABELS)})
     table = folder / "table.csv"
@@ -37,7 +45,7 @@ def real_shards(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> Pa
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    source = ["--table", str(table), "--images", str(real_data / "real_exam_8bit"), "--source", "folder"]
+    source = ["--table", str(table), "--images", str(folder / "images"), "--source", "folder"]
     done = msmil("pack", str(folder / "shards"), *source, "--recipe", "mammoclip")
     assert done.returncode == 0, done.stderr
     return folder / "shards"

@@ -14,6 +14,8 @@ from msmil.detection.heatmap import map_names, maps, normalise, stitch, to_image
 from msmil.types import Bag, BagOutput
 from shards.errors import UserError
 
+CENTRED = dict.fromkeys((2, 4, 8, 16), (0.0, 0.0))
+
 
 def bag_of(*, stored_hw, config, pads):
     """A bag made the way the training does; the tissue decides on which side the padding goes."""
@@ -64,9 +66,9 @@ def test_the_peak_of_a_map_lies_in_the_cell_of_the_instance_it_was_planted_at(ca
     bag, stride, instance, stored_hw, count = case
     value_BKI = torch.zeros(2, 1, count)
     value_BKI[:, :, instance] = 1.0
-    map_BKHW = maps(output_with({stride: value_BKI}), bag, torch.ones(2, *stored_hw, dtype=torch.bool)).attention[
-        stride
-    ]
+    map_BKHW = maps(
+        output_with({stride: value_BKI}), bag, torch.ones(2, *stored_hw, dtype=torch.bool), CENTRED
+    ).attention[stride]
     assert map_BKHW.shape == (2, 1, *stored_hw)
     first_y, first_x = cell_of(bag, stride, instance)
     for b in range(2):
@@ -104,6 +106,40 @@ def test_a_value_belongs_to_the_centre_of_its_cell(stride):
     pixel_y, pixel_x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
     inner = slice(stride // 2, -stride // 2)
     torch.testing.assert_close(found[inner, inner], (pixel_x + 10 * pixel_y)[inner, inner], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("offset_yx", [(0.0, 0.0), (-3.5, 2.5), (-7.5, -7.5)])
+def test_a_value_appears_where_its_cell_really_looks(offset_yx):
+    """As above, with the plane's values taken at the true centres: on every pixel between these it is the plane."""
+    h, w, stride, pad_left, pad_top = 7, 8, 8, 5, 3
+    (dy, dx), size = offset_yx, (h * stride, w * stride)
+    cell_y, cell_x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    seen = (cell_x * stride + dx + 10 * (cell_y * stride + dy))[None, None]
+    image_hw = (size[0] - pad_top, size[1] - pad_left)
+    pads = {"pad_left_B": torch.tensor([pad_left]), "pad_top_B": torch.tensor([pad_top])}
+    found = to_image(seen, padded_hw=size, **pads, image_hw=image_hw, offset_yx=offset_yx)[0, 0]
+    y, x = torch.meshgrid(torch.arange(image_hw[0]) + 0.5, torch.arange(image_hw[1]) + 0.5, indexing="ij")
+    inner = slice(stride, -2 * stride)
+    torch.testing.assert_close(
+        found[inner, inner], (x + pad_left + 10 * (y + pad_top))[inner, inner], rtol=0, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("spot", [(40.0, 72.0), (57.0, 50.0)])
+def test_a_bright_spot_is_found_by_cells_that_look_at_their_upper_left(stride, spot):
+    """Cells respond to the distance of the spot from i s + 0.5; the peak lies within half a stride of the spot."""
+    cell = torch.arange(128 // stride) * stride + 0.5
+    distance = (cell[:, None] - spot[0]) ** 2 + (cell[None, :] - spot[1]) ** 2
+    value_BKI = torch.exp(-distance / (2 * stride**2)).flatten()[None, None]
+    offsets = {stride: (-(stride - 1) / 2, -(stride - 1) / 2)}
+    breast_BHW = torch.ones(1, 128, 128, dtype=torch.bool)
+    for kind in ("attention", "instance_logit"):
+        found = maps(output_with({stride: value_BKI}, kind=kind), whole_image_bag(1, 128, 128), breast_BHW, offsets)
+        for map_BKHW in found.named().values():
+            y, x = divmod(int(map_BKHW[0, 0].argmax()), 128)
+            assert abs(y + 0.5 - spot[0]) <= stride / 2
+            assert abs(x + 0.5 - spot[1]) <= stride / 2
 
 
 def test_tiles_that_overlap_are_averaged():
@@ -150,7 +186,7 @@ def test_merged_follows_its_formula():
     logit = {8: torch.randn(2, 3, 12), 4: torch.randn(2, 3, 48)}
     weight_BKS = torch.rand(2, 3, 2).softmax(2)
     output = BagOutput(torch.zeros(2, 3), None, attention, None, logit, weight_BKS)
-    found = maps(output, bag, breast_BHW)
+    found = maps(output, bag, breast_BHW, CENTRED)
     for b in range(2):
         for k in range(3):
             expected = np.zeros((32, 24))
@@ -170,7 +206,7 @@ def test_a_lesion_on_which_both_kinds_agree_beats_one_that_attention_alone_prefe
     attention_I[0], logit_I[0] = 0.5, -3.0  # attention's favourite, where the head sees nothing
     attention_I[10], logit_I[10] = 0.3, 3.0
     output = BagOutput(torch.zeros(1, 1), None, {8: attention_I[None, None]}, None, {8: logit_I[None, None]}, None)
-    found = maps(output, bag, breast_BHW)
+    found = maps(output, bag, breast_BHW, CENTRED)
     assert divmod(int(found.attention[8].argmax()), 32) < (8, 0)
     y, x = divmod(int(found.merged_BKHW.argmax()), 32)
     assert (y // 8, x // 8) == divmod(10, 4)
@@ -179,7 +215,7 @@ def test_a_lesion_on_which_both_kinds_agree_beats_one_that_attention_alone_prefe
 @pytest.mark.parametrize(("kind", "names"), [("attention", ["attention_8"]), ("instance_logit", ["instance_8"])])
 def test_one_kind_of_map_is_enough(kind, names):
     bag, breast_BHW = whole_image_bag(1, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool)
-    found = maps(output_with({8: torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])}, kind=kind), bag, breast_BHW).named()
+    found = maps(output_with({8: torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])}, kind=kind), bag, breast_BHW, CENTRED).named()
     wanted = map_names([8], attention=kind == "attention", instance=kind == "instance_logit")
     assert list(found) == wanted == ["merged", *names]
     assert int(found["merged"].argmax()) == int(found[names[0]].argmax())
@@ -189,11 +225,11 @@ def test_one_kind_of_map_is_enough(kind, names):
 def test_neither_kind_is_the_users_error():
     bag, breast_BHW = whole_image_bag(1, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool)
     with pytest.raises(UserError, match="neither attention nor instance logits"):
-        maps(BagOutput(torch.zeros(1, 1), None, None, None, None, None), bag, breast_BHW)
+        maps(BagOutput(torch.zeros(1, 1), None, None, None, None, None), bag, breast_BHW, CENTRED)
 
 
 def test_half_precision_comes_out_as_float32():
     bag, breast_BHW = whole_image_bag(1, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool)
     values = {8: torch.tensor([[[0.1, 0.2, 0.3, 0.4]]], dtype=torch.bfloat16)}
-    found = maps(output_with(values, weight=torch.ones(1, 1, 1, dtype=torch.bfloat16)), bag, breast_BHW)
+    found = maps(output_with(values, weight=torch.ones(1, 1, 1, dtype=torch.bfloat16)), bag, breast_BHW, CENTRED)
     assert {map_BKHW.dtype for map_BKHW in found.named().values()} == {torch.float32}
