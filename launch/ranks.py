@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,12 @@ from pathlib import Path
 from shards.errors import UserError
 
 EXIT_USER = 2
+EXIT_INTERRUPTED = 130
 CPU_RANKS = 2
 _FAILURE_FILE = "MSMIL_FAILURE_FILE"
 _FAILURE_NAME = "failure.txt"
+_PEER_IS_GONE = ("closed by peer", "reset by peer", "broken pipe", "connection was closed", "remote process exited")
+_PEER_WAIT_S = 10.0
 _AGAIN = "the same command again goes on from the last checkpoint"
 
 
@@ -79,6 +83,15 @@ def rank_program(body: Callable[[], None]) -> int:
             with Path(file).open("a", encoding="utf-8") as stream:
                 stream.write(f"{error}\n")
         return EXIT_USER
+    except KeyboardInterrupt:  # Ctrl-C, handed on by the launcher, which says it
+        return EXIT_INTERRUPTED
+    except RuntimeError as error:
+        if not any(text in str(error).lower() for text in _PEER_IS_GONE):
+            raise
+        # another rank has the reason; the launcher hears of it within this time and ends this one too
+        time.sleep(_PEER_WAIT_S)
+        print("msmil: this rank lost another one", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -76,6 +77,7 @@ class Tracker:
         # events of steps that are trained again are dropped, so that a resumed curve does not overlap
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
         self._folder = folder
+        _hush_full_disk()
         self._start_step = start_step
         self._total_steps = total_steps
         self._stack = ExitStack()
@@ -111,6 +113,17 @@ class Tracker:
         """Flush and end."""
         self._stack.close()
         self._writer.close()
+
+
+def _hush_full_disk() -> None:
+    """TensorBoard writes in a thread of its own, whose OSError would be a traceback; the next scalar says it."""
+    otherwise = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, OSError):
+            otherwise(args)
+
+    threading.excepthook = hook
 
 
 def memory_bytes(device: torch.device) -> int:
