@@ -35,12 +35,19 @@ def open_log(file: Path | None, *, quiet: bool = False) -> None:
     log.addHandler(console)
     if file is not None:
         try:
-            handler = logging.FileHandler(file, encoding="utf-8")
+            handler = _LogFile(file, encoding="utf-8")
         except OSError as error:
             fix = "make the run folder writable"
             raise UserError(f"the log cannot be written ({error.strerror})", file=file, fix=fix) from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A log on a full disk loses lines, and says nothing more: the save that follows gives the reason."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Instead of logging's traceback."""
 
 
 class PhaseTimer:
@@ -112,7 +119,10 @@ class Tracker:
     def close(self) -> None:
         """Flush and end."""
         self._stack.close()
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError as error:  # must not hide the reason for which the run ends
+            print(f"msmil: the last curves could not be written ({error})", file=sys.stderr)
 
 
 def _hush_full_disk() -> None:
