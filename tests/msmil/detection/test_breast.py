@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from msmil.detection.breast import breast_mask, breast_masks
 
-REAL = Path(__file__).parents[4] / "shared" / "data"
+REAL = Path(os.environ.get("MSMIL_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
 
 def mammogram(height, width, dtype, *, air=0.0):
@@ -76,7 +77,7 @@ def test_a_batch_has_one_mask_per_image():
     np.testing.assert_array_equal(found.numpy(), [breast_mask(first), breast_mask(second)])
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real mammograms of ../shared/data are not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real mammograms in {REAL}; set MSMIL_TEST_DATA")
 @pytest.mark.parametrize(
     ("name", "share"),
     [
