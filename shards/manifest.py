@@ -255,10 +255,20 @@ def _read_header(directory: Path) -> Header:
         raise UserError(f"is of schema version {version}", fix=fix, file=path)
     try:
         header = Header(**content)
-    except TypeError as error:
+        _check_entries(header)
+    except (TypeError, ValueError) as error:
         raise UserError(f"has other fields than version {version} has ({error})", fix=_REPACK, file=path) from error
     for field, value, known in (("codec", header.codec, CODECS), ("dtype", header.dtype, DTYPES)):
         if value not in known:
             thing = f"names the {field} {value!r}; known are {', '.join(known)}"
             raise UserError(thing, fix=_REPACK, file=path)
     return header
+
+
+def _check_entries(header: Header) -> None:
+    """TypeError or ValueError where an entry of `shards` or `samples` is not what this version writes."""
+    for shard in header.shards:
+        ShardInfo(**shard)
+    missing = {"name", "num_bytes", "sha256", "num_samples"} - dict(header.samples).keys()
+    if missing:
+        raise ValueError(f"samples lacks {', '.join(sorted(missing))}")

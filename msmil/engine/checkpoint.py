@@ -7,7 +7,6 @@ a temporary name and renamed when whole; `latest` and `best` are pointers (text 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from msmil.types import TrainState
 from shards.errors import UserError
+from shards.files import atomic_file, remove_leftovers, sync
 
 FORMAT_VERSION = 1
 _PREFIX = "step_"
@@ -70,11 +70,11 @@ def save_checkpoint(
         (temporary / "state.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
         for file in temporary.iterdir():
-            _fsync(file)
+            sync(file)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-        _fsync(root)
+        sync(root)
         point(root, "latest", target.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -85,11 +85,8 @@ def save_checkpoint(
 
 def point(root: Path, pointer: str, name: str) -> None:
     """Let the pointer (`latest`, `best`) name a checkpoint folder, atomically."""
-    temporary = root / f".{pointer}.tmp"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    _fsync(temporary)
-    temporary.rename(root / pointer)
-    _fsync(root)
+    with atomic_file(root / pointer) as file:
+        file.write(f"{name}\n".encode())
 
 
 def pointed(root: Path, pointer: str) -> Path | None:
@@ -149,9 +146,10 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """A save that was cut off leaves its temporary folder behind."""
+    """A save that was cut off leaves its temporary folder or pointer behind."""
     for folder in root.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(folder)
+    remove_leftovers(root)
 
 
 def _check_free_space(root: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -161,11 +159,3 @@ def _check_free_space(root: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> 
         fix = "free space or choose another output_dir, then start the same command again: it resumes"
         thing = f"a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
         raise UserError(thing, file=root, fix=fix)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,6 @@ import json
 import pickle
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,10 +135,9 @@ def test_opening_makes_no_python_object_per_row(tmp_path: Path) -> None:
     count = 200_000
     write_manifest(tmp_path, large_table(count), header_fields())
     read_manifest(tmp_path)
-    start_s, blocks = time.perf_counter(), sys.getallocatedblocks()
+    blocks = sys.getallocatedblocks()
     manifest = read_manifest(tmp_path)
     manifest.rows("train"), manifest.shard_N(), manifest.label_NK(["Mass"]), manifest.location(count - 1)
-    assert time.perf_counter() - start_s < 0.5
     assert sys.getallocatedblocks() - blocks < 2000
     assert manifest.text("image_id", [count - 1]) == [f"{count - 1:032d}"]
 
@@ -168,6 +166,10 @@ def edit(path: Path, **changed: Any) -> None:
         (lambda f: (f / "manifest.json").write_text('{"a": 1}'), "manifest.json", "is not a manifest of packed"),
         (lambda f: edit(f / "manifest.json", schema_version=99), "manifest.json", "is of schema version 99"),
         (lambda f: edit(f / "manifest.json", colour="red"), "manifest.json", "has other fields .*colour"),
+        (lambda f: edit(f / "manifest.json", shards=[{"name": "a.tar"}]), "manifest.json", "has other fields .*sha256"),
+        (lambda f: edit(f / "manifest.json", shards=["a.tar"]), "manifest.json", "has other fields"),
+        (lambda f: edit(f / "manifest.json", samples={"sha256": ""}), "manifest.json", "other fields .*num_bytes"),
+        (lambda f: edit(f / "manifest.json", samples=[]), "manifest.json", "has other fields"),
         (lambda f: edit(f / "manifest.json", codec="jxl"), "manifest.json", "codec 'jxl'; known are png, zstd"),
         (lambda f: edit(f / "manifest.json", dtype="int32"), "manifest.json", "dtype 'int32'; known are uint8, uint16"),
         (lambda f: edit(f / "manifest.json", labels=["Cyst"]), "samples.arrow", "its columns are not those"),
