@@ -101,7 +101,10 @@ class LossConfig:
         "auto", "weight of positives per label: negatives / positives of the training images, none, or numbers"
     )
     instance_weight: float = opt(0.0, "weight of the auxiliary loss on the top instances; 0 is off")
-    instance_top_fractions: tuple[float, ...] = opt((0.005, 0.02), "shares of instances whose mean it takes")
+    composite_weight: float = opt(
+        0.0, "weight of the auxiliary loss on composite instances, each channel's mean over its own top; 0 is off"
+    )
+    top_fractions: tuple[float, ...] = opt((0.005, 0.02), "shares of instances that are the top of these two losses")
     uniform_attention_share: float = opt(0.0, "share of steps with uniform attention mixed in, 1 -> 0")
 
 
@@ -219,9 +222,10 @@ def _check(config: Config) -> None:
     else:
         fix = f"make it a multiple of the coarsest stride, {max(scales)}"
         _require(bags.tile_size_px % max(scales) == 0, "bags.tile_size_px", bags.tile_size_px, fix)
-    if config.loss.instance_weight > 0:
-        fix = "set model.deep_supervision: true, since instance logits come from the heads of the scales"
-        _require(model.deep_supervision, "model.deep_supervision (with loss.instance_weight)", False, fix)
+    for key, weight in (("instance", config.loss.instance_weight), ("composite", config.loss.composite_weight)):
+        fix = "set model.deep_supervision: true, since the heads of the scales judge instances"
+        off = model.deep_supervision or weight == 0
+        _require(off, f"model.deep_supervision (with loss.{key}_weight)", False, fix)
     if train.gradient_checkpointing:
         fix = "set train.batch_norm: frozen, since recomputed activations would move the statistics twice"
         _require(train.batch_norm == "frozen", "train.batch_norm (with gradient_checkpointing)", train.batch_norm, fix)
@@ -268,11 +272,9 @@ def _check_ranges(config: Config) -> None:
         _require(values[key] > 0, key, values[key], "give a number above 0")
     blocks = config.train.trainable_blocks
     _require(blocks == "all" or int(blocks) >= 1, "train.trainable_blocks", blocks, "give all, or at least 1")
-    fractions = config.loss.instance_top_fractions
+    fractions = config.loss.top_fractions
     fix = "give shares in 0 < x <= 1, for example [0.005, 0.02]"
-    _require(
-        len(fractions) > 0 and all(0 < f <= 1 for f in fractions), "loss.instance_top_fractions", list(fractions), fix
-    )
+    _require(len(fractions) > 0 and all(0 < f <= 1 for f in fractions), "loss.top_fractions", list(fractions), fix)
     _require("/" not in config.name and config.name.strip(".") != "", "name", config.name, "give a plain folder name")
 
 
@@ -285,8 +287,8 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "data.workers", "bags.local_contrast",
-    "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd",
-    "bags.augment.cutout_count", "loss.instance_weight", "optim.backbone_lr_factor", "optim.weight_decay",
+    "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd", "bags.augment.cutout_count",
+    "loss.instance_weight", "loss.composite_weight", "optim.backbone_lr_factor", "optim.weight_decay",
     "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",
 )  # fmt: skip
 _BELOW_ONE = (

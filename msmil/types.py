@@ -38,7 +38,8 @@ class BagOutput:
     logit_BK: of the aggregated probability; scale_logit_SBK: side heads (deep supervision);
     attention: {scale: weight_BKI}, sums to 1 over I; score: {scale: raw_BKI} before the probability map;
     instance_logit: {scale: raw_BKI}, the scale's head on single instances, when asked for;
-    scale_weight_BKS: sums to 1 over S.
+    scale_weight_BKS: sums to 1 over S;
+    composite_logit: {scale: logit_BKT}, the scale's head on composite instances, one per asked share, T in all.
     """
 
     logit_BK: Tensor
@@ -47,6 +48,7 @@ class BagOutput:
     score: dict[int, Tensor] | None
     instance_logit: dict[int, Tensor] | None
     scale_weight_BKS: Tensor | None
+    composite_logit: dict[int, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

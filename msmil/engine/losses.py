@@ -1,11 +1,11 @@
-"""What is minimised: binary cross-entropy per label over the aggregated head, the scales' heads and top instances.
+"""What is minimised: binary cross-entropy per label over the aggregated head, the scales' heads and the bags' top.
 
-Legend: N images of a data set, B bags, S scales, I instances of one scale, K labels.
+Legend: N images of a data set, B bags, S scales, I instances of one scale, T top shares, K labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msmil.config import LossConfig
+from msmil.models.top import top_mean
 from msmil.types import BagOutput
 from shards.types import UNKNOWN
 
@@ -22,24 +23,25 @@ from shards.types import UNKNOWN
 class LossParts:
     """A loss and what it is made of. Each is this micro-batch's share: sums over micro-batches and ranks are means.
 
-    total: scalar to differentiate, aggregated + sum of per_scale + instance_weight * instance.
+    total: scalar to differentiate, aggregated + sum of per_scale + weights * auxiliary.
     aggregated: scalar. per_scale: {stride: scalar}, empty without deep supervision.
-    instance: scalar before its weight, None where it is off. per_label_K: total by label.
+    auxiliary: {"instance" or "composite": scalar before its weight}, those that are on. per_label_K: total by label.
     """
 
     total: Tensor
     aggregated: Tensor
     per_scale: dict[int, Tensor]
-    instance: Tensor | None
+    auxiliary: dict[str, Tensor]
     per_label_K: Tensor
 
 
 class BagLoss(nn.Module):
-    """L = BCE(logit) + sum_s BCE(scale_logit_s) + instance_weight * sum_s A_s  (FPN-MIL: L_ms + sum_s L_s).
+    """L = BCE(logit) + sum_s BCE(scale_logit_s) + sum_s (instance_weight A_s + composite_weight C_s).
 
-    Each BCE is a sum over known labels divided by `global_count`: padded samples and unknown labels add exactly 0,
-    to the gradient too. A_s is the auxiliary loss on instances: the BCE of the mean instance logit over the top
-    share of positions, averaged over the configured shares. Computed in at least fp32.
+    The first two terms are FPN-MIL's L_ms + sum_s L_s. Each BCE is a sum over known labels divided by `global_count`:
+    padded samples and unknown labels add exactly 0, to the gradient too. A_s is the BCE of the mean instance logit
+    over the top share of positions, C_s that of the logit of the composite instance; both are averaged over the
+    configured shares. Computed in at least fp32.
 
     Args:
         config: the loss section.
@@ -76,25 +78,31 @@ class BagLoss(nn.Module):
                 scale_K = bce(logit_BK)
                 per_scale[scale] = scale_K.detach().sum()
                 total_K = total_K + scale_K
-        instance_K = None
-        if self.config.instance_weight > 0:
-            assert output.instance_logit is not None, "call the model with instance_logits=True"
-            fractions = self.config.instance_top_fractions
-            instance_K = torch.stack(
-                [
-                    bce(top_mean(logit_BKI, fraction)) / len(fractions)
-                    for logit_BKI in output.instance_logit.values()
-                    for fraction in fractions
-                ]
-            ).sum(0)
-            total_K = total_K + self.config.instance_weight * instance_K
+        auxiliary: dict[str, Tensor] = {}
+        for name, weight, top_BK in self._auxiliary(output):
+            auxiliary_K = torch.stack([bce(logit_BK) for logit_BK in top_BK]).sum(0) / len(self.config.top_fractions)
+            auxiliary[name] = auxiliary_K.detach().sum()
+            total_K = total_K + weight * auxiliary_K
         return LossParts(
             total=total_K.sum(),
             aggregated=aggregated_K.detach().sum(),
             per_scale=per_scale,
-            instance=None if instance_K is None else instance_K.detach().sum(),
+            auxiliary=auxiliary,
             per_label_K=total_K.detach(),
         )
+
+    def _auxiliary(self, output: BagOutput) -> Iterator[tuple[str, float, list[Tensor]]]:
+        """Name and weight of each loss that is on, and its logits [B, K], one per scale and share."""
+        config = self.config
+        if config.instance_weight > 0:
+            assert output.instance_logit is not None, "call the model with instance_logits=True"
+            maps = output.instance_logit.values()
+            tops = [top_mean(logit_BKI, share) for logit_BKI in maps for share in config.top_fractions]
+            yield "instance", config.instance_weight, tops
+        if config.composite_weight > 0:
+            assert output.composite_logit is not None, "call the model with composite_shares"
+            tops = [logit_BK for logit_BKT in output.composite_logit.values() for logit_BK in logit_BKT.unbind(-1)]
+            yield "composite", config.composite_weight, tops
 
     def _bce(self, logit_BK: Tensor, label_BK: Tensor, weight_BK: Tensor) -> Tensor:
         """Weighted sum over the bags, per label. What has no weight is replaced first: 0 times NaN would be NaN."""
@@ -106,16 +114,6 @@ class BagLoss(nn.Module):
             logit_BK, target_BK, pos_weight=self.pos_weight_K.to(dtype), reduction="none"
         )
         return (loss_BK * weight_BK).sum(0)
-
-
-def top_mean(logit_BKI: Tensor, fraction: float) -> Tensor:
-    """Mean of the largest `fraction` of the real instances' logits (at least one): [B, K]. Padding is -inf."""
-    real_BKI = ~torch.isneginf(logit_BKI)
-    most = max(1, round(fraction * logit_BKI.shape[-1]))
-    top_BKT = logit_BKI.topk(most, dim=-1).values
-    count_BK1 = (fraction * real_BKI.sum(-1, keepdim=True).double()).round().clamp(min=1).long()
-    taken_BKT = torch.arange(most, device=logit_BKI.device) < count_BK1
-    return torch.where(taken_BKT, top_BKT, 0.0).sum(-1) / count_BK1.squeeze(-1)
 
 
 def auto_pos_weight(label_NK: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:

@@ -131,6 +131,7 @@ class Stepper:
             bag.tiles_BNCPP,
             uniform_mix=self.schedule.uniform_mix(step),
             instance_logits=config.loss.instance_weight > 0,
+            composite_shares=config.loss.top_fractions if config.loss.composite_weight > 0 else (),
         )
         parts: LossParts = self.loss(
             output,
@@ -168,13 +169,11 @@ class Stepper:
 def _names(parts: LossParts, labels: tuple[str, ...]) -> list[str]:
     names = ["total", "aggregated", *(f"label/{label}" for label in labels)]
     names += [f"scale/{scale}" for scale in parts.per_scale]
-    return [*names, "instance"] if parts.instance is not None else names
+    return [*names, *parts.auxiliary]
 
 
 def _as_vector(parts: LossParts) -> Tensor:
-    values = [parts.total, parts.aggregated, *parts.per_label_K, *parts.per_scale.values()]
-    if parts.instance is not None:
-        values.append(parts.instance)
+    values = [parts.total, parts.aggregated, *parts.per_label_K, *parts.per_scale.values(), *parts.auxiliary.values()]
     return torch.stack([value.detach().float() for value in values])
 
 

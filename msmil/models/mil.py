@@ -1,12 +1,13 @@
 """Multi-scale attention MIL: bags of tiles -> logits, attention, scale weights.
 
 Legend: B bags, N tiles, M tiles of all bags, C channels, P tile side, I instances of one scale, S scales,
-D channels, K labels (1 inside the model where all labels share one attention), h w size of a map.
+D channels, K labels (1 inside the model where all labels share one attention), T top shares, h w size of a map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from msmil.models.attention import AttentionPooling, LabelLinear, Pooled, ScaleA
 from msmil.models.backbone import Backbone
 from msmil.models.pyramid import FeaturePyramid
 from msmil.models.set_transformer import ISAB, PMA, SAB
+from msmil.models.top import composite_instances
 from msmil.types import BagOutput
 from shards.errors import UserError
 
@@ -46,6 +48,18 @@ class SetEncoder(nn.Module):
         return x_BID
 
 
+class BranchOutput(NamedTuple):
+    """What one scale makes of a bag; without a head there is the pooled bag alone.
+
+    instance_BKI: the head on single instances, -inf where masked; composite_BKT: on composite ones (T shares).
+    """
+
+    pooled: Pooled
+    logit_BK: Tensor | None
+    instance_BKI: Tensor | None
+    composite_BKT: Tensor | None
+
+
 class ScaleBranch(nn.Module):
     """MIL of one scale: instance encoder, pooling per label and, with deep supervision, a head per label."""
 
@@ -58,21 +72,29 @@ class ScaleBranch(nn.Module):
         self.head = head
 
     def forward(
-        self, x_BID: Tensor, mask_BI: Tensor | None, uniform_mix: float, instance_logits: bool
-    ) -> tuple[Pooled, Tensor | None, Tensor | None]:
-        """The pooled bag, logit_BK of the head, and its instance_logit_BKI (-inf where masked)."""
+        self,
+        x_BID: Tensor,
+        mask_BI: Tensor | None,
+        *,
+        uniform_mix: float,
+        instance_logits: bool,
+        composite_shares: Sequence[float],
+    ) -> BranchOutput:
+        """Pool the bag, and let the head judge it, its single instances and its composite ones."""
         z_BID = self.encoder(x_BID, mask_BI)
         pooled: Pooled = self.pooling(z_BID, mask_BI, uniform_mix)
         if self.head is None:
-            return pooled, None, None
+            return BranchOutput(pooled, None, None, None)
         logit_BK = self.head.own(pooled.embedding_BKD)
-        if not instance_logits:
-            return pooled, logit_BK, None
-        instance_BKI = self.pooling.instance_logit(z_BID, self.head)
-        instance_BKI = instance_BKI.to(logit_BK.dtype)
-        if mask_BI is not None:
-            instance_BKI = instance_BKI.masked_fill(~mask_BI[:, None], float("-inf"))
-        return pooled, logit_BK, instance_BKI
+        instance_BKI = composite_BKT = None
+        if instance_logits:
+            instance_BKI = self.pooling.instance_logit(z_BID, self.head).to(logit_BK.dtype)
+            if mask_BI is not None:
+                instance_BKI = instance_BKI.masked_fill(~mask_BI[:, None], float("-inf"))
+        if composite_shares:
+            composite_BTD = composite_instances(z_BID, mask_BI, composite_shares)
+            composite_BKT = self.pooling.instance_logit(composite_BTD, self.head).to(logit_BK.dtype)
+        return BranchOutput(pooled, logit_BK, instance_BKI, composite_BKT)
 
 
 class MILModel(nn.Module):
@@ -125,6 +147,7 @@ class MILModel(nn.Module):
         *,
         uniform_mix: float = 0.0,
         instance_logits: bool = False,
+        composite_shares: Sequence[float] = (),
     ) -> BagOutput:
         """Everything about a batch of bags.
 
@@ -134,30 +157,35 @@ class MILModel(nn.Module):
                 instance logit -inf, so a padded bag gives what the unpadded one gives.
             uniform_mix: share of uniform attention mixed into every pooling, 0..1.
             instance_logits: also return each scale's head on its single instances.
+            composite_shares: also return each scale's head on the composite instances of these top shares.
 
         Raises:
             UserError: wrong shape, a bag without a real tile, instance logits of a model without scale heads.
         """
-        self._check_input(tiles_BNCPP, mask_BN, instance_logits)
-        attention, score, instance = {}, {}, {}
-        embeddings, logits = [], []
-        for scale, (x_BID, mask_BI) in self._instances(tiles_BNCPP, mask_BN).items():
-            pooled, logit_BK, instance_BKI = self.branches[str(scale)](x_BID, mask_BI, uniform_mix, instance_logits)
-            embeddings.append(pooled.embedding_BKD)
-            attention[scale] = self._over_labels(pooled.weight_BKI)
-            score[scale] = self._over_labels(pooled.score_BKI)
-            if logit_BK is not None:
-                logits.append(logit_BK)
-            if instance_BKI is not None:
-                instance[scale] = instance_BKI
-        merged_BKD, weight_BKS = self.scale_attention(torch.stack(embeddings, dim=1))
+        self._check_input(tiles_BNCPP, mask_BN, instance_logits or bool(composite_shares))
+        outputs: dict[int, BranchOutput] = {
+            scale: self.branches[str(scale)](
+                x_BID,
+                mask_BI,
+                uniform_mix=uniform_mix,
+                instance_logits=instance_logits,
+                composite_shares=composite_shares,
+            )
+            for scale, (x_BID, mask_BI) in self._instances(tiles_BNCPP, mask_BN).items()
+        }
+        embedding_BSKD = torch.stack([out.pooled.embedding_BKD for out in outputs.values()], dim=1)
+        merged_BKD, weight_BKS = self.scale_attention(embedding_BSKD)
+        logits = [out.logit_BK for out in outputs.values() if out.logit_BK is not None]
+        instance = {s: out.instance_BKI for s, out in outputs.items() if out.instance_BKI is not None}
+        composite = {s: out.composite_BKT for s, out in outputs.items() if out.composite_BKT is not None}
         return BagOutput(
             logit_BK=self.classifier.own(merged_BKD),
             scale_logit_SBK=torch.stack(logits) if logits else None,
-            attention=attention,
-            score=score,
+            attention={s: self._over_labels(out.pooled.weight_BKI) for s, out in outputs.items()},
+            score={s: self._over_labels(out.pooled.score_BKI) for s, out in outputs.items()},
             instance_logit=instance or None,
             scale_weight_BKS=self._over_labels(weight_BKS),
+            composite_logit=composite or None,
         )
 
     def _instances(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None) -> dict[int, tuple[Tensor, Tensor | None]]:
@@ -181,7 +209,7 @@ class MILModel(nn.Module):
     def _over_labels(self, x_BKX: Tensor) -> Tensor:
         return x_BKX.expand(-1, self.num_labels, -1)
 
-    def _check_input(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None, instance_logits: bool) -> None:
+    def _check_input(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None, heads: bool) -> None:
         shape = tuple(tiles_BNCPP.shape)
         if len(shape) != 5 or shape[2] != self.in_channels:
             raise UserError(
@@ -197,8 +225,8 @@ class MILModel(nn.Module):
             empty = (~mask_BN.any(dim=1)).nonzero().flatten().tolist()
             if empty:
                 raise UserError(f"bags {empty} of the batch have no real tile", fix="leave such bags out of the batch")
-        if instance_logits and not self.deep_supervision:
+        if heads and not self.deep_supervision:
             raise UserError(
-                "instance logits were asked of a model that has no heads per scale",
-                fix="set model.deep_supervision: true (and train it so), or loss.instance_weight: 0",
+                "logits of instances were asked of a model that has no heads per scale",
+                fix="set model.deep_supervision: true (and train it so), or no loss on instances",
             )

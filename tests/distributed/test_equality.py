@@ -23,7 +23,7 @@ def train_steps(folder: Path, packed: Path, ranks: int, *, accumulation: int = 1
     sections: dict[str, Any] = {
         "name": name,
         "train": {"epochs": 8, "batch_size": 4, "accumulation": accumulation},
-        "loss": {"instance_weight": 1.0},
+        "loss": {"instance_weight": 1.0, "composite_weight": 1.0},
         "model": {"backbone_options": {"channels": [8, 8, 16, 16], "stem_width": 8, "zero_init_last": False}},
         "bags": AUGMENT,
     }

@@ -82,6 +82,8 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ({"name": "a/b"}, "plain folder name"),
         ({"seed": -1}, "not negative"),
         ({"loss": {"instance_weight": 1}, "model": {"deep_supervision": False}}, "deep_supervision: true"),
+        ({"loss": {"composite_weight": 1}, "model": {"deep_supervision": False}}, "deep_supervision: true"),
+        ({"loss": {"top_fractions": [0.0]}}, "shares in 0 < x <= 1"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_fix(tree: dict[str, object], named: str) -> None:

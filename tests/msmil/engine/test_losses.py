@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msmil.config import LossConfig
-from msmil.engine.losses import BagLoss, LossParts, auto_pos_weight, top_mean
+from msmil.engine.losses import BagLoss, LossParts, auto_pos_weight
 from msmil.types import BagOutput
 
 SCALES = (8, 16)
-WITH_INSTANCES = LossConfig(instance_weight=0.5, instance_top_fractions=(0.1, 0.5))
+WITH_INSTANCES = LossConfig(instance_weight=0.5, composite_weight=0.25, top_fractions=(0.1, 0.5))
 
 
 def output(bags: int, labels: int = 2, *, seed: int = 0, instances: int = 20) -> BagOutput:
@@ -32,6 +33,7 @@ def output(bags: int, labels: int = 2, *, seed: int = 0, instances: int = 20) ->
         score=None,
         instance_logit={s: random(bags, labels, instances) for s in SCALES},
         scale_weight_BKS=None,
+        composite_logit={s: random(bags, labels, len(WITH_INSTANCES.top_fractions)) for s in SCALES},
     )
 
 
@@ -44,8 +46,12 @@ def compute(
     return loss(out, label, weight, **{"global_count": label.numel(), **kwargs})
 
 
+def leaves_of(out: BagOutput) -> list[Tensor]:
+    return [out.logit_BK, out.scale_logit_SBK, *out.instance_logit.values(), *out.composite_logit.values()]
+
+
 def gradients(out: BagOutput) -> list[Tensor]:
-    leaves = [out.logit_BK, out.scale_logit_SBK, *out.instance_logit.values()]
+    leaves = leaves_of(out)
     return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
@@ -65,21 +71,37 @@ def test_each_head_is_a_weighted_cross_entropy_over_the_global_count() -> None:
     assert list(parts.per_scale) == list(SCALES)
     for s, scale in enumerate(SCALES):
         assert float(parts.per_scale[scale]) == pytest.approx(plain(out.scale_logit_SBK[s].detach()), rel=1e-5)
-    assert parts.instance is None
+    assert parts.auxiliary == {}
     assert parts.total.item() == pytest.approx(float(parts.aggregated + sum(parts.per_scale.values())), rel=1e-6)
 
 
 def test_the_instance_loss_is_on_the_mean_of_the_top_instances() -> None:
     out, label = output(2), [[1, 0], [0, 1]]
-    parts = compute(out, label)
+    config = LossConfig(instance_weight=0.5, top_fractions=(0.1, 0.5))
+    parts = compute(out, label, config=config)
     expected = 0.0
     for logit_BKI in out.instance_logit.values():
         for count in (2, 10):  # 10 % and 50 % of 20
             top_BK = logit_BKI.detach().sort(-1, descending=True).values[..., :count].mean(-1)
             expected += sum(bce(float(top_BK[b, k]), label[b][k], 1.0) for b in range(2) for k in range(2)) / 4 / 2
-    assert float(parts.instance) == pytest.approx(expected, rel=1e-5)
+    assert list(parts.auxiliary) == ["instance"]
+    assert float(parts.auxiliary["instance"]) == pytest.approx(expected, rel=1e-5)
     without = compute(out, label, config=LossConfig())
     assert parts.total.item() == pytest.approx(without.total.item() + 0.5 * expected, rel=1e-5)
+
+
+def test_the_composite_loss_is_on_the_heads_of_composite_instances() -> None:
+    out, label = output(2), [[1, 0], [0, 1]]
+    parts = compute(out, label, config=LossConfig(composite_weight=0.25, top_fractions=(0.1, 0.5)))
+    expected = sum(
+        bce(float(logit_BKT[b, k, t]), label[b][k], 1.0) / 4 / 2
+        for logit_BKT in out.composite_logit.values()
+        for b, k, t in itertools.product(range(2), range(2), range(2))
+    )
+    assert list(parts.auxiliary) == ["composite"]
+    assert float(parts.auxiliary["composite"]) == pytest.approx(expected, rel=1e-5)
+    without = compute(out, label, config=LossConfig())
+    assert parts.total.item() == pytest.approx(without.total.item() + 0.25 * expected, rel=1e-5)
 
 
 def test_labels_add_up_to_the_total() -> None:
@@ -102,7 +124,7 @@ class TestWhatDoesNotCount:
         """Not even where its logits are not numbers."""
         out, alone = output(2), output(2)
         with torch.no_grad():
-            for leaf in (out.logit_BK, out.scale_logit_SBK[0], out.scale_logit_SBK[1], *out.instance_logit.values()):
+            for leaf in (*leaves_of(out)[:1], *out.scale_logit_SBK, *leaves_of(out)[2:]):
                 leaf[1] = bad
         parts = compute(out, [[1, 0], [1, 1]], [1.0, 0.0], global_count=4)
         first = compute(_bag(alone, 0), [[1, 0]], global_count=4, config=WITH_INSTANCES)
@@ -169,26 +191,6 @@ def test_it_is_computed_in_fp32_under_autocast() -> None:
         half = compute(out, [[1, 0], [0, 1]])
     assert half.total.dtype == torch.float32
     assert half.total.item() == compute(out, [[1, 0], [0, 1]]).total.item()
-
-
-class TestTopMean:
-    @pytest.mark.parametrize(("fraction", "expected"), [(0.3, 8.0), (0.01, 9.0), (1.0, 4.5), (0.1, 9.0)])
-    def test_share_of_ten(self, fraction: float, expected: float) -> None:
-        assert float(top_mean(torch.arange(10.0)[None, None], fraction)) == expected
-
-    def test_padding_does_not_count(self) -> None:
-        """Ten real instances of twenty: 30 % are three of them, not six."""
-        logit = torch.full((2, 1, 20), float("-inf"))
-        logit[0, 0, 5:15] = torch.arange(10.0)
-        logit[1, 0] = torch.arange(20.0)
-        assert top_mean(logit, 0.3).flatten().tolist() == [8.0, 16.5]
-
-    def test_padding_gets_no_gradient(self) -> None:
-        logit = torch.full((1, 1, 4), float("-inf"))
-        logit[0, 0, 1] = 2.0
-        logit.requires_grad_()
-        top_mean(logit, 1.0).sum().backward()
-        assert logit.grad.tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
 
 
 class TestAutoPosWeight:

@@ -139,7 +139,7 @@ def test_an_option_trains(train_tiny: Train, sections: dict[str, Any]) -> None:
         {"optim": {"weight_decay": 0.5}},
         {"optim": {"backbone_lr_factor": 0.1}},
         {"loss": {"pos_weight": [2, 3]}},
-        {"loss": {"instance_weight": 1.0}},
+        {"loss": {"instance_weight": 1.0, "composite_weight": 1.0}},
         {"loss": {"uniform_attention_share": 0.5}},
         {"bags": {"local_contrast": 2.0}},
         {"bags": {"augment": {"gain": 0.2}}},

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def double_model(**changes: Any) -> MILModel:
 def tensors(output: BagOutput) -> dict[str, Tensor]:
     """All that a model returns, flat."""
     flat: dict[str, Tensor] = {}
-    for name in ("logit_BK", "scale_logit_SBK", "attention", "score", "instance_logit", "scale_weight_BKS"):
+    for name in (field.name for field in fields(output)):
         value = getattr(output, name)
         flat |= {f"{name}/{s}": v for s, v in value.items()} if isinstance(value, dict) else {name: value}
     return {name: value for name, value in flat.items() if value is not None}
@@ -40,7 +41,9 @@ def tensors(output: BagOutput) -> dict[str, Tensor]:
 @every_variant
 @pytest.mark.parametrize(("tiles", "hw"), [(3, (64, 64)), (1, (192, 128))], ids=["tiles", "image"])
 def test_shapes(variant: dict[str, str], tiles: int, hw: tuple[int, int]) -> None:
-    output = small_model(labels=3, **variant).eval()(random_tiles(2, tiles, hw=hw), instance_logits=True)
+    output = small_model(labels=3, **variant).eval()(
+        random_tiles(2, tiles, hw=hw), instance_logits=True, composite_shares=(0.02, 0.1)
+    )
     instances = {s: tiles * (hw[0] // s) * (hw[1] // s) for s in (16, 32, 64)}
     shapes = {name: tuple(value.shape) for name, value in tensors(output).items()}
     assert shapes == {
@@ -48,6 +51,7 @@ def test_shapes(variant: dict[str, str], tiles: int, hw: tuple[int, int]) -> Non
         "scale_logit_SBK": (3, 2, 3),
         "scale_weight_BKS": (2, 3, 3),
         **{f"{name}/{s}": (2, 3, i) for name in ("attention", "score", "instance_logit") for s, i in instances.items()},
+        **{f"composite_logit/{s}": (2, 3, 2) for s in instances},
     }
     for weight in (*output.attention.values(), output.scale_weight_BKS):
         torch.testing.assert_close(weight.sum(-1), torch.ones(2, 3))
@@ -65,13 +69,14 @@ def test_a_padded_bag_gives_what_the_unpadded_one_gives(
     mask_BN = torch.stack([torch.arange(3).roll(b) < n for b, n in enumerate(real)])
     garbage = torch.where(mask_BN[:, :, None, None, None], tiles_BNCPP, float("nan"))
     with torch.no_grad():
-        padded = tensors(model(garbage, mask_BN, uniform_mix=uniform_mix, instance_logits=True))
+        asked: dict[str, Any] = {"instance_logits": True, "composite_shares": (0.1, 1.0)}
+        padded = tensors(model(garbage, mask_BN, uniform_mix=uniform_mix, **asked))
         for b, mask_N in enumerate(mask_BN):
             bag = tiles_BNCPP[b : b + 1, mask_N]
-            bare = tensors(model(bag, uniform_mix=uniform_mix, instance_logits=True))
+            bare = tensors(model(bag, uniform_mix=uniform_mix, **asked))
             for name, value in bare.items():
                 got = padded[name][:, b : b + 1] if name == "scale_logit_SBK" else padded[name][b : b + 1]
-                if "/" in name:
+                if "/" in name and not name.startswith("composite"):
                     real_I = mask_N.repeat_interleave(got.shape[-1] // 3)
                     filler = 0.0 if name.startswith("attention") else float("-inf")
                     assert (got[..., ~real_I] == filler).all(), name
@@ -184,7 +189,17 @@ def test_deep_supervision_off_has_no_heads() -> None:
 
 
 def test_instance_logits_only_when_asked_for() -> None:
-    assert small_model()(random_tiles(1, 1)).instance_logit is None
+    output = small_model()(random_tiles(1, 1))
+    assert output.instance_logit is None
+    assert output.composite_logit is None
+
+
+@pytest.mark.parametrize("pooling", ["gated_attention", "pma"])
+def test_a_composite_instance_is_judged_as_a_single_instance_is(pooling: str) -> None:
+    """Of a bag of one instance it is that instance."""
+    model = small_model(pooling=pooling, scales=(32,), inducing_points="auto").eval()
+    output = model(random_tiles(2, 1, hw=(32, 32)), instance_logits=True, composite_shares=(0.02,))
+    torch.testing.assert_close(output.composite_logit[32], output.instance_logit[32])
 
 
 def test_a_model_remembers_nothing() -> None:
