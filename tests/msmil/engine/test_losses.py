@@ -94,7 +94,7 @@ def test_the_composite_loss_is_on_the_heads_of_composite_instances() -> None:
     out, label = output(2), [[1, 0], [0, 1]]
     parts = compute(out, label, config=LossConfig(composite_weight=0.25, top_fractions=(0.1, 0.5)))
     expected = sum(
-        bce(float(logit_BKT[b, k, t]), label[b][k], 1.0) / 4 / 2
+        bce(logit_BKT[b, k, t].item(), label[b][k], 1.0) / 4 / 2
         for logit_BKT in out.composite_logit.values()
         for b, k, t in itertools.product(range(2), range(2), range(2))
     )
@@ -130,7 +130,8 @@ class TestWhatDoesNotCount:
         first = compute(_bag(alone, 0), [[1, 0]], global_count=4, config=WITH_INSTANCES)
         assert torch.equal(parts.total, first.total)
         parts.total.backward()
-        for gradient in (out.logit_BK.grad, *out.scale_logit_SBK.grad, *(g.grad for g in out.instance_logit.values())):
+        maps = (*out.instance_logit.values(), *out.composite_logit.values())
+        for gradient in (out.logit_BK.grad, *out.scale_logit_SBK.grad, *(logit.grad for logit in maps)):
             assert (gradient[1] == 0).all()
             assert gradient[0].isfinite().all()
 
@@ -143,7 +144,7 @@ class TestWhatDoesNotCount:
             assert by_label.isfinite().all()
         assert (out.logit_BK.grad == 0).tolist() == [[False, True], [True, False]]
         assert (out.scale_logit_SBK.grad == 0).all(0).tolist() == [[False, True], [True, False]]
-        for leaf in out.instance_logit.values():
+        for leaf in (*out.instance_logit.values(), *out.composite_logit.values()):
             assert (leaf.grad == 0).all(-1).tolist() == [[False, True], [True, False]]
 
     def test_a_batch_of_nothing_is_zero(self) -> None:
@@ -182,6 +183,7 @@ def _bag(out: BagOutput, *rows: int) -> BagOutput:
         score=None,
         instance_logit={s: logit[index] for s, logit in out.instance_logit.items()},
         scale_weight_BKS=None,
+        composite_logit={s: logit[index] for s, logit in out.composite_logit.items()},
     )
 
 
