@@ -25,6 +25,11 @@ class DataConfig:
 
     shards: str = opt("data/shards", "folder that `msmil pack` wrote (holds manifest.json)")
     labels: tuple[str, ...] = opt(("Mass",), "labels of the manifest that the model learns, in this order")
+    folds: Literal["none", "table"] | int = opt(
+        "none", "cross-validation: folds of all patients outside test, seeded, or those of the packed table"
+    )
+    fold: int = opt(0, "the fold that validates; the other folds train (`msmil train --folds` goes through all)")
+    fold_seed: int = opt(0, "seed of the folds; apart from seed, so that repeated runs share them")
     last_batch: Literal["pad", "drop"] = opt("pad", "last global batch of an epoch: fill with weight 0, or leave out")
     shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
     workers: int = opt(2, "decoding processes per rank; 0 decodes in the training process")
@@ -206,6 +211,11 @@ def _check(config: Config) -> None:
     )
     _require(len(data.labels) > 0, "data.labels", list(data.labels), "name at least one label of the manifest")
     _require(len(set(data.labels)) == len(data.labels), "data.labels", list(data.labels), "name each label once")
+    folds = data.folds
+    _require(isinstance(folds, str) or folds >= 2, "data.folds", folds, "give a number of at least 2, table or none")
+    last = 0 if folds == "none" else math.inf if folds == "table" else int(folds) - 1
+    fix = "set data.folds too" if folds == "none" else f"give a number from 0 to {last}"
+    _require(0 <= data.fold <= last, "data.fold", data.fold, fix)
     if isinstance(config.loss.pos_weight, tuple):
         weights = config.loss.pos_weight
         fix = f"give one positive number for each of the labels {list(data.labels)}"
@@ -286,7 +296,7 @@ _AT_LEAST_ONE = (
     "tracking.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "data.workers", "bags.local_contrast",
+    "seed", "data.fold_seed", "data.workers", "bags.local_contrast",
     "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd", "bags.augment.cutout_count",
     "loss.instance_weight", "loss.composite_weight", "optim.backbone_lr_factor", "optim.weight_decay",
     "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",
