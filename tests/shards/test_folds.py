@@ -89,7 +89,7 @@ def test_a_decoding_process_gets_the_same_fold(manifest: Manifest) -> None:
 
 def test_more_folds_than_patients_are_refused(manifest: Manifest) -> None:
     cut(manifest, 18, 17)
-    with pytest.raises(UserError, match="data.folds is 19, but only 18 patients .* Fix: give at most 18"):
+    with pytest.raises(UserError, match=r"data.folds is 19, but only 18 patients .* Fix: give at most 18"):
         cut(manifest, 19, 0)
 
 
