@@ -34,6 +34,7 @@ def output(bags: int, labels: int = 2, *, seed: int = 0, instances: int = 20) ->
         instance_logit={s: random(bags, labels, instances) for s in SCALES},
         scale_weight_BKS=None,
         composite_logit={s: random(bags, labels, len(WITH_INSTANCES.top_fractions)) for s in SCALES},
+        scales=SCALES,
     )
 
 
