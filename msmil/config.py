@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msmil.config_checks import check_model
+from msmil.config_checks import check_folds, check_model
 from msmil.config_checks import require as _require
 
 
@@ -29,7 +29,7 @@ class DataConfig:
     folds: Literal["none", "table"] | int = opt(
         "none", "cross-validation: folds of all patients outside test, seeded, or those of the packed table"
     )
-    fold: int = opt(0, "the fold that validates; the other folds train (`msmil train --folds` goes through all)")
+    fold: int = opt(0, "the fold that validates; the other folds train (`msmil repeat --folds` goes through all)")
     fold_seed: int = opt(0, "seed of the folds; apart from seed, so that repeated runs share them")
     last_batch: Literal["pad", "drop"] = opt("pad", "last global batch of an epoch: fill with weight 0, or leave out")
     shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
@@ -219,14 +219,10 @@ def _check(config: Config) -> None:
     """Refuse what types cannot tell: ranges and settings that exclude each other."""
     _check_ranges(config)
     train, data = config.train, config.data
+    check_folds(config.data)
     check_model(config)
     _require(len(data.labels) > 0, "data.labels", list(data.labels), "name at least one label of the manifest")
     _require(len(set(data.labels)) == len(data.labels), "data.labels", list(data.labels), "name each label once")
-    folds = data.folds
-    _require(isinstance(folds, str) or folds >= 2, "data.folds", folds, "give a number of at least 2, table or none")
-    last = 0 if folds == "none" else math.inf if folds == "table" else int(folds) - 1
-    fix = "set data.folds too" if folds == "none" else f"give a number from 0 to {last}"
-    _require(0 <= data.fold <= last, "data.fold", data.fold, fix)
     if isinstance(config.loss.pos_weight, tuple):
         weights = config.loss.pos_weight
         fix = f"give one positive number for each of the labels {list(data.labels)}"
