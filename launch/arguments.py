@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Literal
 
 
 def at_least_one(text: str) -> int:
@@ -17,4 +18,21 @@ def at_least_one(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def number_of_folds(text: str) -> int | Literal["table"]:
+    """A whole number from 2 on, or table, as the `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
+    """
+    if text == "table":
+        return "table"
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither table nor a whole number of at least 2")
     return number

@@ -35,19 +35,26 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check what can be checked, then start the ranks."""
-    config = _config(args)
-    ranks = default_ranks() if args.ranks is None else args.ranks
+    """Evaluate one run."""
+    return start(args.folder, split=args.split, checkpoint=args.checkpoint, shards=args.shards, ranks=args.ranks)
+
+
+def start(
+    folder: str, *, split: str = "test", checkpoint: str = "best", shards: str | None = None, ranks: int | None = None
+) -> int:
+    """Check what can be checked, start the ranks (None: one per GPU) and return their exit code."""
+    config = _config(folder, shards)
+    ranks = default_ranks() if ranks is None else ranks
     from msmil.engine.evaluate import find_checkpoint
     from msmil.engine.pipeline import open_data
     from msmil.engine.run_folder import RunFolder
 
-    find_checkpoint(RunFolder(args.folder), args.checkpoint)
+    find_checkpoint(RunFolder(folder), checkpoint)
     open_data(config)
-    log = RunFolder(args.folder).log
-    arguments = [args.folder, "--split", args.split, "--checkpoint", args.checkpoint]
-    if args.shards is not None:
-        arguments += ["--shards", args.shards]
+    log = RunFolder(folder).log
+    arguments = [folder, "--split", split, "--checkpoint", checkpoint]
+    if shards is not None:
+        arguments += ["--shards", shards]
     return start_ranks("launch.evaluate", arguments, ranks=ranks, precision=config.train.precision, log=log)
 
 
@@ -68,7 +75,7 @@ def rank_main(argv: Sequence[str] | None = None) -> int:
     _add_arguments(parser)
     args = parser.parse_args(argv)
     choice = {"split": args.split, "checkpoint": args.checkpoint, "other_data": args.shards is not None}
-    return rank_program(lambda: main(_config(args), args.folder, **choice))
+    return rank_program(lambda: main(_config(args.folder, args.shards), args.folder, **choice))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,15 +85,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", help="other packed data to judge it on (default: those it was trained on)")
 
 
-def _config(args: argparse.Namespace) -> Config:
+def _config(folder: str, shards: str | None) -> Config:
     from msmil.engine.run_folder import RunFolder
 
-    file = RunFolder(args.folder).config
+    file = RunFolder(folder).config
     if not file.exists():
-        raise UserError("is no run folder (no config.yaml)", file=args.folder, fix="name a folder beneath runs/")
+        raise UserError("is no run folder (no config.yaml)", file=folder, fix="name a folder beneath runs/")
     config = load_config(file)
-    if args.shards is not None:
-        config = replace(config, data=replace(config.data, shards=args.shards))
+    if shards is not None:
+        config = replace(config, data=replace(config.data, shards=shards))
     return _as_this_machine_can(config)
 
 

@@ -36,13 +36,18 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything that can be checked, then start the ranks."""
-    config = load_config(args.config, args.overrides)
-    ranks = default_ranks() if args.ranks is None else args.ranks
+    """Train one experiment."""
+    return start(args.config, args.overrides, ranks=args.ranks)
+
+
+def start(file: str, overrides: Sequence[str], *, ranks: int | None) -> int:
+    """Check everything that can be checked, start the ranks (None: one per GPU) and return their exit code."""
+    config = load_config(file, overrides)
+    ranks = default_ranks() if ranks is None else ranks
     from msmil.engine.preflight import check_experiment
 
     check_experiment(config, ranks)
-    arguments = [args.config, *args.overrides]
+    arguments = [file, *overrides]
     log = Path(config.output_dir) / config.name / "log.txt"
     return start_ranks("launch.train", arguments, ranks=ranks, precision=config.train.precision, log=log)
 

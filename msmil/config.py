@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msmil.config_checks import check_model
+from msmil.config_checks import check_folds, check_model
 from msmil.config_checks import require as _require
 
 
@@ -26,6 +26,11 @@ class DataConfig:
 
     shards: str = opt("data/shards", "folder that `msmil pack` wrote (holds manifest.json)")
     labels: tuple[str, ...] = opt(("Mass",), "labels of the manifest that the model learns, in this order")
+    folds: Literal["none", "table"] | int = opt(
+        "none", "cross-validation: folds of all patients outside test, seeded, or those of the packed table"
+    )
+    fold: int = opt(0, "the fold that validates; the other folds train (`msmil repeat --folds` goes through all)")
+    fold_seed: int = opt(0, "seed of the folds; apart from seed, so that repeated runs share them")
     last_batch: Literal["pad", "drop"] = opt("pad", "last global batch of an epoch: fill with weight 0, or leave out")
     shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
     workers: int = opt(2, "decoding processes per rank; 0 decodes in the training process")
@@ -214,6 +219,7 @@ def _check(config: Config) -> None:
     """Refuse what types cannot tell: ranges and settings that exclude each other."""
     _check_ranges(config)
     train, data = config.train, config.data
+    check_folds(config.data)
     check_model(config)
     _require(len(data.labels) > 0, "data.labels", list(data.labels), "name at least one label of the manifest")
     _require(len(set(data.labels)) == len(data.labels), "data.labels", list(data.labels), "name each label once")
@@ -280,7 +286,7 @@ _AT_LEAST_ONE = (
     "tracking.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "data.workers", "bags.local_contrast",
+    "seed", "data.fold_seed", "data.workers", "bags.local_contrast",
     "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd", "bags.augment.cutout_count",
     "loss.instance_weight", "loss.composite_weight", "optim.backbone_lr_factor", "optim.weight_decay",
     "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",

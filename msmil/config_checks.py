@@ -1,4 +1,4 @@
-"""What the types of the model section cannot tell: settings that exclude each other. Imports no torch."""
+"""What types cannot tell of folds and of the model section: settings that exclude each other. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from msmil.config import Config, ModelConfig
+    from msmil.config import Config, DataConfig, ModelConfig
 
 PYRAMIDS: Final = ("fpn", "backbone_pyramid")
 _WITHOUT_ATTENTION: Final = ("max", "mean")
@@ -30,6 +30,22 @@ def tile_sizes(model: ModelConfig) -> int | tuple[int, ...] | None:
     if model.instance_encoder in PYRAMIDS:
         return None
     return model.scales[0] if model.instance_encoder == "single" else model.scales
+
+
+def check_folds(data: DataConfig) -> None:
+    """Refuse folds that are no cross-validation, and a fold that is not one of them.
+
+    Raises:
+        UserError: naming the key, its value and the fix.
+    """
+    folds = data.folds
+    fix = "give a number of at least 2, table or none"
+    require(isinstance(folds, str) or folds >= 2, "data.folds", folds, fix)
+    require(data.fold >= 0, "data.fold", data.fold, "give a number that is not negative")
+    if folds == "none":
+        require(data.fold == 0, "data.fold", data.fold, "set data.folds too")
+    elif folds != "table":
+        require(data.fold < folds, "data.fold", data.fold, f"give a number from 0 to {folds - 1}")
 
 
 def check_model(config: Config) -> None:

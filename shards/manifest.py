@@ -70,7 +70,15 @@ class Manifest:
     It pickles as the name of its folder and is mapped again where it is unpickled.
     """
 
-    def __init__(self, directory: Path, header: Header, table: pa.Table) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        header: Header,
+        table: pa.Table,
+        *,
+        rows: Mapping[str, npt.NDArray[np.int64]] | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
         self.directory = directory
         self.header = header
         self.labels = tuple(header.labels)
@@ -78,9 +86,10 @@ class Manifest:
         self.dtype = header.dtype
         self.codec = header.codec
         self.recipe = header.recipe
-        self.fingerprint = header.fingerprint
+        self.fingerprint = fingerprint or header.fingerprint
         self.shards = tuple(ShardInfo(**shard) for shard in header.shards)
         self._table = table
+        self._rows = rows
         self._shard_N = samples.fixed(table, "shard")
         self._offset_N = samples.fixed(table, "offset_bytes")
         self._num_bytes_N = samples.fixed(table, "num_bytes")
@@ -90,7 +99,7 @@ class Manifest:
         return int(self._table.num_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.directory, self.fingerprint)
+        return _reopen, (self.directory, self.header.fingerprint, self._rows, self.fingerprint)
 
     @property
     def table(self) -> pa.Table:
@@ -103,10 +112,16 @@ class Manifest:
 
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """The rows of a split, ascending; empty where there is none."""
+        if self._rows is not None:
+            return self._rows[split]
         code_N, texts = samples.codes(self._table, "split")
         if split not in texts:
             return np.empty(0, np.int64)
         return np.flatnonzero(code_N == texts.index(split))
+
+    def with_rows(self, rows: Mapping[str, npt.NDArray[np.int64]], *, fingerprint: str) -> Manifest:
+        """The same folder with other rows in its splits, and the fingerprint of that choice."""
+        return Manifest(self.directory, self.header, self._table, rows=rows, fingerprint=fingerprint)
 
     def shard_N(self) -> npt.NDArray[np.int32]:  # noqa: N802
         """The shard of every row, an index of `shards`; read-only int32 [N]."""
@@ -202,12 +217,14 @@ def write_manifest(directory: Path, table: pa.Table, fields: Mapping[str, Any]) 
     return header
 
 
-def _reopen(directory: Path, fingerprint: str) -> Manifest:
+def _reopen(
+    directory: Path, packed: str, rows: Mapping[str, npt.NDArray[np.int64]] | None, fingerprint: str
+) -> Manifest:
     """What unpickling calls: map again, without hashing, and see that it is still the same data."""
     manifest = _open(directory, _read_header(directory))
-    if manifest.fingerprint != fingerprint:
+    if manifest.fingerprint != packed:
         raise UserError("changed while it was in use", fix="start again", file=directory / MANIFEST_NAME)
-    return manifest
+    return manifest if rows is None else manifest.with_rows(rows, fingerprint=fingerprint)
 
 
 def _open(directory: Path, header: Header) -> Manifest:

@@ -47,7 +47,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run on a split, write its files, and return the results.
 
-    Writes predictions/{val,split}.csv, metrics/<split>.json and figures/<split>_*.png into the run folder.
+    Writes predictions/{val,split}.csv, figures/<split>_*.png and, when those are whole, metrics/<split>.json into the
+    run folder. The results of another split than val hold those of val, of the same weights, as "validation".
 
     Args:
         config: the run's, perhaps with another data.shards.
@@ -75,6 +76,9 @@ def evaluate(
         seed=config.seed,
     )
     results["split"] = split
+    results["checkpoint"] = found.name
+    if split != "val":
+        results["validation"] = validation_results(evaluation, predictions["val"])
     results["thresholds_from"]["split"] = "val"
     results["data_fingerprint"] = pipeline.manifest.fingerprint
     results["other_data_than_trained_on"] = other_data
@@ -82,6 +86,21 @@ def evaluate(
     results["localisation"] = localise(evaluation, split, offsets) if _has_maps(evaluation.network) else None
     runtime.on_main(lambda: _write(evaluation, split, predictions, results, offsets))
     return results
+
+
+def validation_results(evaluation: Evaluation, predictions: list[Prediction]) -> dict[str, Any]:
+    """The validation metrics, per label and their mean, without intervals."""
+    config = evaluation.pipeline.config
+    found = classification_results(
+        predictions,
+        predictions,
+        config.data.labels,
+        evaluation.network.scales,
+        replicates=0,
+        confidence=config.evaluate.confidence,
+        seed=config.seed,
+    )
+    return {key: found[key] for key in ("labels", "mean_auroc", "images", "patients")}
 
 
 def find_checkpoint(folder: RunFolder, name: str) -> Path:
@@ -180,10 +199,10 @@ def _write(
         part.mkdir(parents=True, exist_ok=True)
     for name, rows in predictions.items():
         write_predictions(folder.predictions / f"{name}.csv", rows, pipeline.labels, evaluation.network.scales)
-    text = json.dumps(results, indent=2, allow_nan=False)
-    write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
     for name, figure in _figures(evaluation, split, predictions[split], results, offsets):
         save(figure, folder.figures / f"{split}_{name}.png")
+    text = json.dumps(results, indent=2, allow_nan=False)
+    write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
     print(results_table(results, results["localisation"]), flush=True)
     log.info("metrics, predictions and figures are in %s", folder.root)
 

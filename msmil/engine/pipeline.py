@@ -15,6 +15,7 @@ from msmil.engine.runtime import Runtime
 from msmil.models.build import build_model
 from msmil.models.mil import MILModel
 from shards.errors import UserError
+from shards.folds import with_fold
 from shards.manifest import Manifest, check_shards, read_manifest
 
 
@@ -44,10 +45,10 @@ class Pipeline:
 
 
 def open_data(config: Config) -> Manifest:
-    """Read and check the data set of a configuration: shards whole, labels known.
+    """Read and check the data set of a configuration: shards whole, labels known, its fold in place.
 
     Raises:
-        UserError: as read_manifest and check_shards; a label that the manifest does not have.
+        UserError: as read_manifest, check_shards and with_fold; a label that the manifest does not have.
     """
     manifest = read_manifest(config.data.shards)
     for label in config.data.labels:
@@ -55,7 +56,10 @@ def open_data(config: Config) -> Manifest:
             fix = f"choose from {', '.join(manifest.labels)}"
             raise UserError(f"data.labels names {label!r}, which is not packed", file=manifest.directory, fix=fix)
     check_shards(manifest)
-    return manifest
+    data = config.data
+    if data.folds == "none":
+        return manifest
+    return with_fold(manifest, folds=data.folds, fold=data.fold, seed=data.fold_seed, labels=data.labels)
 
 
 def open_pipeline(config: Config, runtime: Runtime) -> Pipeline:

@@ -136,7 +136,7 @@ def results_table(results: Mapping[str, Any], localisation: Mapping[str, Any] | 
         lines += ["", f"{label}: {merged['positives']} of {merged['images']} images positive"]
         rows = [head, _row("all scales", merged)]
         rows += [_row(f"scale {scale}", branch) for scale, branch in merged["scales"].items()]
-        lines += _aligned(rows)
+        lines += aligned(rows)
         lines += [f"  no {name}: {reason}" for name, reason in merged["undefined"].items()]
     mean = _with_interval(results["mean_auroc"], results["mean_auroc_ci"])
     lines += ["", f"Mean AUROC over labels: {mean}"]
@@ -145,28 +145,29 @@ def results_table(results: Mapping[str, Any], localisation: Mapping[str, Any] | 
         rows = [["", "map", "images", "hits", "rate", "chance", "rate / chance"]]
         for label, by_map in localisation.items():
             for map_name, found in by_map.items():
-                numbers = [_number(found[key]) for key in ("rate", "chance")]
+                numbers = [number(found[key]) for key in ("rate", "chance")]
                 ratio = "-" if found["ratio"] is None else f"{found['ratio']:.1f}"
                 rows.append([label, map_name, str(found["images"]), str(found["hits"]), *numbers, ratio])
-        lines += _aligned(rows, left=2)
+        lines += aligned(rows, left=2)
     return "\n".join(lines)
 
 
 def _row(name: str, branch: Mapping[str, Any]) -> list[str]:
     ranked = [_with_interval(branch[metric], branch[f"{metric}_ci"]) for metric in ("auroc", "average_precision")]
-    fixed = [_number(branch[m]) for m in ("f1", "balanced_accuracy", "sensitivity", "specificity", "threshold")]
+    fixed = [number(branch[m]) for m in ("f1", "balanced_accuracy", "sensitivity", "specificity", "threshold")]
     return [name, *ranked, *fixed]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three digits, or a dash for what is undefined."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def _with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
-    return _number(value) if bounds is None else f"{_number(value)} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+    return number(value) if bounds is None else f"{number(value)} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Rows of equal length as lines, the first `left` columns flush left and the others flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     cells = [

@@ -50,6 +50,11 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
     ("tree", "named"),
     [
         ({"optm": {"lr": 1}}, "optim"),
+        ({"data": {"folds": 1}}, "at least 2, table or none"),
+        ({"data": {"folds": "all"}}, "data.folds is 'all'"),
+        ({"data": {"folds": 3, "fold": 3}}, "from 0 to 2"),
+        ({"data": {"folds": "table", "fold": -1}}, "not negative"),
+        ({"data": {"fold": 1}}, "set data.folds too"),
         ({"optim": {"learning_rate": 1}}, "unknown key optim.learning_rate"),
         ({"optim": {"lrr": 1}}, "optim.lr?"),
         ({"lr": 1}, "optim.lr?"),
