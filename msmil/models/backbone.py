@@ -70,12 +70,13 @@ class Backbone(nn.Module):
     def _check_contract(self, in_channels: int, tile_hw: tuple[int, int]) -> frozenset[str]:
         """Run the model on the meta device (shapes, no numbers) and return the names of the parameters in use."""
         height, width = tile_hw
-        parameters = {n: p.detach().to("meta").requires_grad_() for n, p in self.net.named_parameters()}
+        parameters = {n: torch.empty_like(p, device="meta").requires_grad_() for n, p in self.net.named_parameters()}
         buffers = {n: b.to("meta") for n, b in self.net.named_buffers()}
         image = torch.empty(1, in_channels, height, width, device="meta")
         self.net.eval()
         try:
-            maps = self._maps(functional_call(self.net, {**parameters, **buffers}, (image,)))
+            with torch.inference_mode(False), torch.enable_grad():
+                maps = self._maps(functional_call(self.net, {**parameters, **buffers}, (image,)))
         except (AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"model.backbone {self.name!r} cannot take {in_channels} x {height} x {width} pixels: {_first(error)}",
