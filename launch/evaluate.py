@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from msmil.engine.pipeline import open_data
     from msmil.engine.run_folder import RunFolder
 
-    find_checkpoint(RunFolder(args.folder), args.checkpoint)
+    find_checkpoint(RunFolder(args.folder), args.checkpoint, other_data=args.shards is not None)
     open_data(config)
     log = RunFolder(args.folder).log
     arguments = [args.folder, "--split", args.split, "--checkpoint", args.checkpoint]

@@ -77,12 +77,11 @@ def _convert_encoder_alone(file: PublishedFile, config: Mapping[str, Any] | None
     found = Architecture(free={"in_channels": 3, "drop_path_rate": 0.2}, encoder=prefix)
     found.certain["backbone"] = encoder_name(file.tensors, prefix, file.name)
     if stem_channels(file.tensors, prefix, file.name) == 1:
-        found.certain["in_channels"] = found.free.pop("in_channels") - 2
+        del found.free["in_channels"]
+        found.certain["in_channels"] = 1
     model = model_section(found, config, report)
     state = _encoder_state(file, prefix, model, report)
-    for key, value in file.tensors.items():
-        if not key.startswith(prefix):
-            report.unused[key] = (tuple(value.shape), "no part of the image encoder")
+    _name_others(file, prefix, report)
     with torch.device("meta"):
         backbone = build_backbone(
             model.backbone,
@@ -104,24 +103,18 @@ def _convert_whole(file: PublishedFile, encoder: Source | None, config: Mapping[
         fix = f"name the file of the encoder it was trained on ({found.certain['backbone']}): encoder=, or --encoder"
         raise UserError("holds no encoder (it was trained on stored features)", file=file.name, fix=fix)
     model = model_section(found, config, report)
-    own = {k: v for k, v in file.tensors.items() if found.encoder is None or not k.startswith(_encoder_keys(found))}
     if encoder is None:
         assert found.encoder is not None
-        inside = {key: value for key, value in file.tensors.items() if key not in own}
-        state = _encoder_state(PublishedFile(file.name, inside, {}), found.encoder, model, report)
+        state = _encoder_state(file, found.encoder, model, report)
+        own = {key: value for key, value in file.tensors.items() if not key.startswith(found.encoder)}
     else:
         state = _beside(read_published(encoder), model, report)
+        own = file.tensors
     state |= convert_head(own, model.scales, report)
     with torch.device("meta"):
-        network = build_model(
-            model, num_labels=found.num_labels, padded_hw=_PADDED_HW, tile_hw=_TILE_HW, tiles=_TILES
-        )
+        network = build_model(model, num_labels=found.num_labels, padded_hw=_PADDED_HW, tile_hw=_TILE_HW, tiles=_TILES)
     report.check(state, network.state_dict())
     return Converted(state, model, network, report)
-
-
-def _encoder_keys(found: Architecture) -> str:
-    return f"{found.encoder}_"  # the encoder's own names begin so, the pyramid's beside them do not
 
 
 def _beside(file: PublishedFile, model: ModelConfig, report: Report) -> dict[str, Tensor]:
@@ -135,9 +128,7 @@ def _beside(file: PublishedFile, model: ModelConfig, report: Report) -> dict[str
         fix = f"name the encoder that it was trained on, a {model.backbone}"
         raise UserError(f"is a {name}, but {report.source} expects a {model.backbone}", file=file.name, fix=fix)
     report.source += f" with the encoder of {file.name}"
-    for key, value in file.tensors.items():
-        if not key.startswith(f"{prefix}_"):
-            report.unused[key] = (tuple(value.shape), "no part of the image encoder")
+    _name_others(file, prefix, report)
     return _encoder_state(file, prefix, model, report)
 
 
@@ -147,6 +138,11 @@ def _encoder_state(file: PublishedFile, prefix: str, model: ModelConfig, report:
         fix = f"set in_channels: {channels}"
         thing = f"the encoder's stem takes {channels} channels, config says in_channels: {model.in_channels}"
         raise UserError(thing, file=file.name, fix=fix)
-    encoder = {key: value for key, value in file.tensors.items() if key.startswith(f"{prefix}_") or prefix == "image_encoder."}
-    tensors = {key: value for key, value in encoder.items() if key.startswith(prefix)}
-    return convert_encoder(tensors, prefix, name=model.backbone, in_channels=model.in_channels, report=report)
+    return convert_encoder(file.tensors, prefix, name=model.backbone, in_channels=model.in_channels, report=report)
+
+
+def _name_others(file: PublishedFile, prefix: str, report: Report) -> None:
+    """What a file of an encoder holds beside it (Mammo-CLIP: the text encoder, projections)."""
+    for key, value in file.tensors.items():
+        if not key.startswith(prefix):
+            report.unused[key] = (tuple(value.shape), "no part of the image encoder")

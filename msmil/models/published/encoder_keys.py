@@ -82,10 +82,10 @@ def convert_encoder(
             continue
         ours = f"backbone.net.{_our_name(inner, lengths)}"
         report.loaded[ours] = (key, tuple(value.shape))
-        if inner == STEM and in_channels == 1 and value.shape[1] != 1:
-            value = value.sum(1, keepdim=True)
-            report.converted[ours] = "three channels summed into one"
         state[ours] = value
+        if inner == STEM and in_channels == 1 and value.shape[1] != 1:
+            state[ours] = value.sum(1, keepdim=True)
+            report.converted[ours] = "three channels summed into one"
     return state
 
 

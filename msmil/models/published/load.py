@@ -22,9 +22,9 @@ def load_published(
 
     It has the precision of the file; half precision becomes float32.
 
-    Called on normalised tiles [B, N, C, P, P], it returns a BagOutput; a model of tiles of several sizes (msp) is called
-    on {size: tiles}. C is 3, or 1 for grey tiles, which stand for three equal channels. With `config={"in_channels": 1}`
-    the stem's channels are summed into one, C is 1, and the outputs are the same.
+    Called on normalised tiles [B, N, C, P, P] it returns a BagOutput; a model of tiles of several sizes (msp) is
+    called on {size: tiles}. C is 3, or 1 for grey tiles, which stand for three equal channels. With
+    `config={"in_channels": 1}` the stem's channels are summed into one, C is 1, and the outputs are the same.
 
     Args:
         path_or_state_dict: a file, or its content. Nothing in a file is executed.

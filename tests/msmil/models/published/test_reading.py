@@ -107,14 +107,14 @@ class TestRefused:
     def test_names_put_together_at_run_time(self, tmp_path: Path) -> None:
         bomb = pickle.dumps(Runs(pathlib.os.system, "true"), protocol=4)  # type: ignore[attr-defined]
         file = rewritten(saved(tmp_path, STATE), tmp_path / "bomb.pth", lambda _: bomb)
-        with pytest.raises(UserError, match="put together while it runs.*refused"):
+        with pytest.raises(UserError, match=r"put together while it runs.*refused"):
             read_published(file)
 
     def test_torchscript(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
             archive.writestr("m/data.pkl", b"")
             archive.writestr("m/code/__torch__.py", b"import os")
-        with pytest.raises(UserError, match="TorchScript program.*refused"):
+        with pytest.raises(UserError, match=r"TorchScript program.*refused"):
             read_published(tmp_path / "m.pt")
 
     def test_a_zip_bomb(self, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ class TestRefused:
     def test_a_tensor_that_reaches_behind_its_storage(self, tmp_path: Path) -> None:
         source = saved(tmp_path, {"weight": torch.zeros(7)})
         longer = rewritten(source, tmp_path / "longer.pth", lambda d: d.replace(b"K\x07", b"K\xff"))
-        with pytest.raises(UserError, match="is damaged|claims"):
+        with pytest.raises(UserError, match=r"is damaged|claims"):
             read_published(longer)
 
     def test_a_web_page(self, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ class TestRefused:
     def test_a_truncated_file(self, tmp_path: Path, share: float) -> None:
         file = saved(tmp_path, {"weight": torch.zeros(1000)})
         file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-        with pytest.raises(UserError, match="truncated.*download the file again"):
+        with pytest.raises(UserError, match=r"truncated.*download the file again"):
             read_published(file)
 
     @pytest.mark.parametrize(
