@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msmil.config import ModelConfig
-from msmil.models.backbone import build_backbone
+from msmil.models.backbone import Backbone, build_backbone
 from msmil.models.build import build_model
 from msmil.models.mammoclip import ENCODERS
 from msmil.models.mil import MILModel
@@ -34,10 +34,12 @@ class Converted:
     """Tensors under our names, the model section they belong to, and the account of how they came about.
 
     network: the model they fit, on the meta device (shapes, no numbers); None for an encoder alone.
+    backbone: likewise, of the model, or alone.
     """
 
     state: dict[str, Tensor]
     model: ModelConfig
+    backbone: Backbone
     network: MILModel | None
     report: Report
 
@@ -91,7 +93,7 @@ def _convert_encoder_alone(file: PublishedFile, config: Mapping[str, Any] | None
             options=model.backbone_options,
         )
     report.check(state, {f"backbone.{key}": value for key, value in backbone.state_dict().items()})
-    return Converted(state, model, None, report)
+    return Converted(state, model, backbone, None, report)
 
 
 def _convert_whole(file: PublishedFile, encoder: Source | None, config: Mapping[str, Any] | None) -> Converted:
@@ -114,7 +116,7 @@ def _convert_whole(file: PublishedFile, encoder: Source | None, config: Mapping[
     with torch.device("meta"):
         network = build_model(model, num_labels=found.num_labels, padded_hw=_PADDED_HW, tile_hw=_TILE_HW, tiles=_TILES)
     report.check(state, network.state_dict())
-    return Converted(state, model, network, report)
+    return Converted(state, model, network.backbone, network, report)
 
 
 def _beside(file: PublishedFile, model: ModelConfig, report: Report) -> dict[str, Tensor]:
