@@ -49,7 +49,7 @@ def start(
     from msmil.engine.pipeline import open_data
     from msmil.engine.run_folder import RunFolder
 
-    find_checkpoint(RunFolder(folder), checkpoint)
+    find_checkpoint(RunFolder(folder), checkpoint, other_data=shards is not None)
     open_data(config)
     log = RunFolder(folder).log
     arguments = [folder, "--split", split, "--checkpoint", checkpoint]

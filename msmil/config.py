@@ -76,7 +76,8 @@ class BagConfig:
 class ModelConfig:
     """Backbone -> instances of each scale -> MIL per scale -> scale aggregation."""
 
-    backbone: str = opt("efficientnet_b2", "name of a timm model that supports features_only")
+    backbone: str = opt("efficientnet_b2", "a timm model that supports features_only; mammoclip_b2, mammoclip_b5")
+    weights: str = opt("", "folder with weights to start from, as `msmil convert` writes it; empty: none")
     backbone_options: dict[str, Any] = opt(dict, "further arguments of timm.create_model")
     pretrained: bool = opt(False, "start from timm's pretrained weights (needs the hub or its cache)")
     in_channels: Literal[1, 3] = opt(1, "channels of the backbone's input; 3 repeats the grey image")

@@ -64,6 +64,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+def overrides_to_dict(overrides: Sequence[str]) -> dict[str, Any]:
+    """["a.b=1"] -> {"a": {"b": 1}}.
+
+    Raises:
+        UserError: one is not of that form.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
     """The configuration that a nested mapping describes; defaults fill what is absent.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from msmil.evaluation.predictions import write_atomically, write_predictions
 from msmil.evaluation.results import classification_results, results_table
 from msmil.models.centres import CellOffsets, cell_centres
 from msmil.models.mil import MILModel
+from msmil.models.weights import WEIGHTS_FILE, load_weights
 from msmil.reporting.figures import classification_figures, save
 from msmil.types import Prediction
 from shards.errors import UserError
@@ -60,7 +61,7 @@ def evaluate(
         UserError: no checkpoint, other data, no images in the split; a probability that is not finite.
     """
     open_log(folder.log if runtime.is_main else None)
-    found = find_checkpoint(folder, checkpoint)
+    found = find_checkpoint(folder, checkpoint, other_data=other_data)
     evaluation = open_evaluation(config, folder, runtime, found, other_data=other_data)
     pipeline, scales = evaluation.pipeline, evaluation.network.scales
     predictions: dict[str, list[Prediction]] = {
@@ -103,9 +104,17 @@ def validation_results(evaluation: Evaluation, predictions: list[Prediction]) ->
     return {key: found[key] for key in ("labels", "mean_auroc", "images", "patients")}
 
 
-def find_checkpoint(folder: RunFolder, name: str) -> Path:
-    """The folder of a checkpoint by name; `best` is the latest where no validation metric was defined."""
+def find_checkpoint(folder: RunFolder, name: str, *, other_data: bool) -> Path:
+    """The folder of a checkpoint by name; `best` is the latest where no validation metric was defined.
+
+    A folder that `msmil convert` wrote has no checkpoints: it is one itself, for data that the user names.
+    """
     root = folder.checkpoints
+    if not root.exists() and (folder.root / WEIGHTS_FILE).exists():
+        if not other_data:
+            fix = "name the data to judge them on with --shards"
+            raise UserError("holds converted weights, and no data of their own", file=folder.root, fix=fix)
+        return folder.root
     found = pointed(root, name) if name in ("best", "latest") else root / name
     never = not (root / name).exists()
     if found is None and name == "best" and never and (found := newest(root)) is not None:
@@ -123,10 +132,12 @@ def open_evaluation(
 ) -> Evaluation:
     """The network with a checkpoint's weights (the averaged ones, where it has them) on its data."""
     pipeline = open_pipeline(config, runtime)
+    network = build_network(config, pipeline.image_hw, pretrained=False)
+    if checkpoint == folder.root:
+        return _open_converted(pipeline, folder, network)
     saved = load_checkpoint(checkpoint)
     if not other_data:
         check_data(saved, pipeline)
-    network = build_network(config, pipeline.image_hw, pretrained=False)
     try:
         network.load_state_dict(evaluated_weights(saved))
     except RuntimeError as error:
@@ -135,6 +146,17 @@ def open_evaluation(
         raise UserError(f"does not fit images of {pipeline.image_hw}: {first}", file=checkpoint, fix=fix) from None
     log.info("evaluating %s (epoch %d, step %d)", checkpoint, saved.state.epoch, saved.state.step)
     return Evaluation(pipeline, folder, network.to(runtime.device))
+
+
+def _open_converted(pipeline: Pipeline, folder: RunFolder, network: MILModel) -> Evaluation:
+    """Converted weights: which data they were trained on, nobody wrote down."""
+    model = replace(pipeline.config.model, weights=str(folder.root), pretrained=False)
+    weights = load_weights(model, network)
+    if weights.encoder_alone:
+        fix = "train from it (model.weights), and evaluate the run"
+        raise UserError("holds an encoder alone, which judges nothing", file=folder.root, fix=fix)
+    log.info("evaluating converted weights: %s", weights.file)
+    return Evaluation(pipeline, folder, network.to(pipeline.runtime.device))
 
 
 def evaluated_weights(saved: Checkpoint) -> dict[str, Any]:

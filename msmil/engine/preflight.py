@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from msmil.config import Config
+from msmil.engine.checkpoint import newest
 from msmil.engine.pipeline import build_network, open_data
 from msmil.engine.run_folder import RunFolder, nearest_folder
 from msmil.engine.runtime import gpu_in_use, refuse_environment, refuse_on_cpu
 from msmil.models.backbone import set_gradient_checkpointing, set_trainable
+from msmil.models.weights import check_weights
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.plan import rank_slice
@@ -39,6 +41,8 @@ def check_experiment(config: Config, world: int) -> Manifest:
         set_gradient_checkpointing(network)
     folder = RunFolder(Path(config.output_dir) / config.name)
     folder.check(config)
+    if config.model.weights and newest(folder.checkpoints) is None:
+        check_weights(config.model, network)
     _check_space(config, folder, sum(p.numel() * p.element_size() for p in network.parameters()))
     return manifest
 

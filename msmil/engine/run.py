@@ -25,6 +25,7 @@ from msmil.engine.step import Schedule, Stepper
 from msmil.engine.tracking import Tracker, log, open_log
 from msmil.models.backbone import freeze_statistics, set_gradient_checkpointing
 from msmil.models.mil import MILModel
+from msmil.models.weights import load_weights
 from msmil.types import TrainState
 from shards.errors import UserError
 from shards.stream import train_plan
@@ -72,10 +73,15 @@ def open_run(config: Config, runtime: Runtime) -> Run:
 
 
 def make_network(pipeline: Pipeline, *, pretrained: bool) -> MILModel:
-    """The network as it trains: on the device, with the memory format and the statistics of the configuration."""
+    """The network as it trains: on the device, with the memory format and the statistics of the configuration.
+
+    `pretrained` says whether model.pretrained and model.weights are obeyed: not when a checkpoint is loaded next.
+    """
     config, runtime = pipeline.config, pipeline.runtime
     seed_everything(config.seed)
     network = build_network(config, pipeline.image_hw, pretrained=pretrained)
+    if pretrained and config.model.weights:
+        log.info(load_weights(config.model, network).text())
     if config.train.batch_norm == "frozen":
         freeze_statistics(network)
     if config.train.batch_norm == "sync":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from msmil.models.mammoclip import ENCODERS
 from shards.errors import UserError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -69,12 +70,13 @@ class Backbone(nn.Module):
     def _check_contract(self, in_channels: int, tile_hw: tuple[int, int]) -> frozenset[str]:
         """Run the model on the meta device (shapes, no numbers) and return the names of the parameters in use."""
         height, width = tile_hw
-        parameters = {n: p.detach().to("meta").requires_grad_() for n, p in self.net.named_parameters()}
+        parameters = {n: torch.empty_like(p, device="meta").requires_grad_() for n, p in self.net.named_parameters()}
         buffers = {n: b.to("meta") for n, b in self.net.named_buffers()}
         image = torch.empty(1, in_channels, height, width, device="meta")
         self.net.eval()
         try:
-            maps = self._maps(functional_call(self.net, {**parameters, **buffers}, (image,)))
+            with torch.inference_mode(False), torch.enable_grad():
+                maps = self._maps(functional_call(self.net, {**parameters, **buffers}, (image,)))
         except (AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"model.backbone {self.name!r} cannot take {in_channels} x {height} x {width} pixels: {_first(error)}",
@@ -111,6 +113,8 @@ def build_backbone(
 ) -> Backbone:
     """The timm model `name` with a map for each of `scales` up to its coarsest stride.
 
+    Beside timm's names, `mammoclip_b2` and `mammoclip_b5` are the published encoders (see msmil.models.mammoclip).
+
     Args:
         scales: wanted strides, ascending; those beyond the backbone's coarsest are left to the pyramid. None: the
             coarsest map alone, for pooling, where a tile need not be a multiple of its stride.
@@ -123,21 +127,29 @@ def build_backbone(
     Raises:
         UserError: unknown name, option, stride or image size; weights that cannot be loaded.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+    published = ENCODERS.get(name)
+    timm_name = name if published is None else published.timm_name
+    if not timm.is_model(timm_name):
+        near = difflib.get_close_matches(name, [*timm.list_models(), *ENCODERS], n=5, cutoff=0.5)
         raise UserError(
             f"model.backbone is {name!r}, which timm {timm.__version__} does not know",
             fix=f"did you mean one of {near}?" if near else "choose one of timm.list_models()",
         )
-    arguments = {"features_only": True, "in_chans": in_channels, **(options or {})}
+    if published is not None and pretrained:
+        fix = "set model.pretrained: false, convert the released file (msmil convert) and name it as model.weights"
+        raise UserError(f"timm's hub holds no weights of {name!r}, which is Mammo-CLIP's encoder", fix=fix)
+    own = {} if published is None else published.options
+    arguments = {"features_only": True, "in_chans": in_channels, **own, **(options or {})}
     with torch.device("meta"):
-        probe, arguments = _with_drop_path(name, arguments, drop_path_rate)
+        probe, arguments = _with_drop_path(timm_name, arguments, drop_path_rate)
     info: Any = probe.feature_info
     if scales is None:
         scales = (last := max(info.reduction()),)
         tile_hw = (-(-tile_hw[0] // last) * last, -(-tile_hw[1] // last) * last)
     indices = _level_indices(name, info, scales)
-    net = _create(name, {**arguments, "out_indices": indices}, pretrained=pretrained)
+    net = _create(timm_name, {**arguments, "out_indices": indices}, pretrained=pretrained)
+    if published is not None:
+        published.apply_padding(net)
     _drop_unused_stages(net)
     return Backbone(net, name=name, in_channels=in_channels, tile_hw=tile_hw)
 

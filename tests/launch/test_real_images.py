@@ -64,8 +64,7 @@ def test_a_published_configuration_trains_a_few_steps(
         "train.head_warmup_epochs=0",
         "train.precision=fp32",
     ]
-    changes += [f"data.shards={real_shards}", f"output_dir={tmp_path}"]
-    changes += ["data.workers=0", "model.pretrained=false"]
+    changes += [f"data.shards={real_shards}", f"output_dir={tmp_path}", "data.workers=0", "model.pretrained=false"]
     config = f"configs/experiment/{name}.yaml"
     done = msmil("train", config, *changes, f"bags.instances={instances}", "--ranks", str(ranks), deadline_s=280)
     assert done.returncode == 0, done.stderr

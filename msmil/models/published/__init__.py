@@ -1,0 +1,1 @@
+"""Other people's weights: read without executing anything, understood, converted, accounted for."""

@@ -1,0 +1,90 @@
+"""Whole published checkpoints, loaded as a user loads them, give the published numbers.
+
+`pytest tests/parity -s` prints the largest differences. Case `tiny`: two bags of three crops; `full`: one whole image.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import msmil
+from msmil.types import BagOutput
+from tests.parity.published import golden, padded_image_HW, published_state, tiny_bags
+
+BOUND, BOUND_F64 = 1e-4, 1e-6
+CONFIGS = ("fpn_abmil",)
+CASES = [("fpn_abmil", "tiny"), ("fpn_abmil", "full")]
+
+
+@functools.cache
+def model(name: str) -> nn.Module:
+    """In float64."""
+    tensors = published_state(name)
+    return msmil.load_published({k: v.double() if v.is_floating_point() else v for k, v in tensors.items()})
+
+
+@functools.cache
+def output(name: str, case: str, dtype: torch.dtype) -> BagOutput:
+    with torch.inference_mode():
+        return copy.deepcopy(model(name)).to(dtype)(tiles(case).to(dtype))  # type: ignore[no-any-return]
+
+
+def tiles(case: str) -> Tensor:
+    if case == "tiny":
+        return tiny_bags()
+    image_HW = padded_image_HW()
+    corners = [(y, x) for y in range(0, 1536, 512) for x in range(0, 1024, 512)]
+    parts = torch.stack([image_HW[y : y + 512, x : x + 512] for y, x in corners])
+    return parts[None, :, None].expand(-1, -1, 3, -1, -1)
+
+
+def ours(result: BagOutput) -> dict[str, Tensor]:
+    """Our numbers under the golden names; the models have one label."""
+    found = {"logits": result.logit_BK[:, 0]}
+    if result.scale_logit_SBK is not None:
+        found["side_logits"] = result.scale_logit_SBK[:, :, 0].T
+    if result.scale_weight_BKS is not None:
+        found["scale_scores"] = result.scale_weight_BKS[:, 0]
+    for scale, weight_BKI in (result.attention or {}).items():
+        found[f"scores_{scale}"] = weight_BKI[:, 0]
+    return found
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_in_single_precision(name: str, case: str) -> None:
+    found, array = ours(output(name, case, torch.float32)), golden(name)
+    names = {key.removeprefix(f"{case}/") for key in array if key.startswith(f"{case}/")}
+    compared = {key for key in found if key in names}
+    assert compared >= {"logits", "side_logits"} & names
+    for key in sorted(compared):
+        expected = array[f"{case}/{key}"].reshape(found[key].shape)
+        worst = float(np.max(np.abs(found[key].numpy() - expected) / np.maximum(1, np.abs(expected))))
+        relative = float(np.max(np.abs(found[key].numpy() - expected)) / np.max(np.abs(expected)))
+        print(f"\n{name} {case} {key}: max difference {worst:.1e}, of the largest value {relative:.1e}", end="")
+        assert worst <= BOUND
+        assert relative <= 100 * BOUND  # attention weights are far below 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_double_precision(name: str) -> None:
+    found, array = ours(output(name, "tiny", torch.float64)), golden(name)
+    for key in ("logits", "side_logits"):
+        if f"tiny/{key}_f64" in array:
+            relative = np.max(np.abs(found[key].numpy() / array[f"tiny/{key}_f64"] - 1))
+            print(f"\n{name} tiny {key} in float64: max relative difference {relative:.1e}", end="")
+            assert relative <= BOUND_F64
+
+
+def test_grey_tiles_stand_for_three_equal_channels() -> None:
+    tensors = {k: v.double() if v.is_floating_point() else v for k, v in published_state("fpn_abmil").items()}
+    expected = output("fpn_abmil", "tiny", torch.float64).logit_BK
+    grey = tiny_bags()[:, :, :1].double()
+    for network in (model("fpn_abmil"), msmil.load_published(tensors, config={"in_channels": 1})):
+        with torch.inference_mode():
+            np.testing.assert_allclose(network(grey).logit_BK, expected, rtol=1e-10)
