@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from msmil.config_io import load_config
 from msmil.engine.evaluate import evaluate
+from msmil.engine.preflight import check_experiment
 from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.train import train
@@ -72,6 +73,7 @@ def test_a_variant_trains_and_is_evaluated(name: str, tmp_path: Path, packed: Pa
         tmp_path, packed, model=model, loss=loss, bags=TILES | overlap, train={"epochs": 1}, optim={"warmup_epochs": 0}
     )
     config = load_config(file)
+    check_experiment(config, world=1)
     train(config, Runtime(config.train))
     _reset()
     folder = RunFolder(tmp_path / "runs" / "tiny")
