@@ -4,7 +4,7 @@ import pytest
 
 from msmil.models.build import build_model, inducing_points
 from shards.errors import UserError
-from tests.msmil.models.small import small_config, small_model
+from tests.msmil.models.small import random_tiles, small_config, small_model
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,26 @@ def test_overlap_does_not_change_the_shapes_of_parameters(tiles: int) -> None:
 
 def test_a_whole_image_has_the_points_of_its_tiles() -> None:
     assert isab_points(padded_hw=(1536, 1024), tile_hw=(1536, 1024), tiles=1) == [38, 32, 20]
+
+
+def test_tiles_that_are_instances_have_points_by_their_number_without_overlap() -> None:
+    points = isab_points(
+        padded_hw=(1536, 1024), tile_hw=(512, 512), tiles=45, instance_encoder="msp", scales=(128, 256, 384)
+    )
+    assert points == [20, 14, 11]
+
+
+def test_regions_have_points_of_their_own() -> None:
+    shape = {"padded_hw": (1536, 1024), "tile_hw": (512, 512), "tiles": 45, "nested": True}
+    assert isab_points(**shape) == [31, 25, 13, 6]
+    assert isab_points(**shape, region_inducing_points=9) == [31, 25, 13, 9]
+
+
+def test_tiles_that_are_instances_take_the_deepest_map_and_any_size() -> None:
+    model = small_model(instance_encoder="single", scales=(50,), inducing_points="auto")
+    assert model.pyramid is None
+    assert model.backbone.strides == (32,)
+    assert model(random_tiles(1, 3, hw=(50, 50))).logit_BK.shape == (1, 2)
 
 
 def test_points_can_be_given() -> None:

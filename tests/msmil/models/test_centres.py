@@ -92,3 +92,9 @@ def test_nothing_of_the_network_changes_and_the_answer_repeats():
     assert [p.requires_grad for p in model.parameters()] == wanted
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{"instance_encoder": "single", "scales": (64,)}, {"instance_encoder": "msp"}])
+def test_a_tile_that_is_an_instance_stands_for_its_square(changes):
+    model = small_model(**{"inducing_points": "auto", "scales": (32, 64), **changes})
+    assert cell_centres(model, (64, 64)) == dict.fromkeys(model.scales, (0.0, 0.0))

@@ -107,7 +107,7 @@ def test_the_order_of_tiles_does_not_matter(variant: dict[str, str]) -> None:
 def test_instances_are_ordered_by_tile_then_row_then_column() -> None:
     model, seen = small_model().eval(), {}
     model.pyramid.register_forward_hook(lambda _module, _inputs, levels: seen.update(levels=levels))
-    model.branches["16"].register_forward_pre_hook(lambda _module, inputs: seen.update(x_BID=inputs[0]))
+    model.branches["16"].register_forward_pre_hook(lambda _module, inputs: seen.update(x_BID=inputs[0].bags()[0]))
     model(random_tiles(2, 3, hw=(64, 128)))
     map_MDhw = seen["levels"][16]
     for b, n, y, x in itertools.product(range(2), range(3), range(4), range(8)):
