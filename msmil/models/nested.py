@@ -57,7 +57,7 @@ def nested_forward(branch: ScaleBranch, region: RegionMIL, instances: Instances,
 
 def _own(x_BjLX: Tensor, labels: int) -> Tensor:
     """[B * J, L, X] -> [B, K, X]: each label's attention over its own embeddings."""
-    x_BJLX = x_BjLX.unflatten(0, (-1, labels))
+    x_BJLX: Tensor = x_BjLX.unflatten(0, (-1, labels))
     if x_BJLX.shape[1] == 1:
         return x_BJLX[:, 0]
     if x_BJLX.shape[2] == 1:
