@@ -14,6 +14,7 @@ from shards.errors import UserError
 TILES = {"bags": {"instances": "tiles"}}
 MSP = {"instance_encoder": "msp", "scales": [128, 256, 384]}
 
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
