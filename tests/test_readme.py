@@ -29,6 +29,11 @@ def test_named_files_exist(path: str) -> None:
     assert (ROOT / path).is_file()
 
 
+def test_every_row_of_the_paper_is_named_and_is_there() -> None:
+    files = {path.name for path in (ROOT / "configs" / "experiment" / "paper").iterdir()}
+    assert set(re.findall(r"`paper/(\S+\.yaml)`", TEXT)) == files
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command: str) -> None:
     assert callable(parse(command.split()).run)
@@ -39,7 +44,10 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     assert all(f"\n{target}:" in makefile for target in ("demo", "test", "test-fast"))
 
 
-@pytest.mark.parametrize("command", ["demo", "phantom", "pack", "verify", "convert", "train", "evaluate"])
+COMMANDS = ["demo", "phantom", "pack", "verify", "extract", "convert", "train", "evaluate", "repeat"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_text_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"\n    {command} " in build_parser().format_help()
     with pytest.raises(SystemExit, match="0"):

@@ -49,7 +49,8 @@ def repeated(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Path:
 
 
 def kill_training_in(folder: Path) -> None:
-    wait_for((folder / "environment.txt").exists, deadline_s=240)
+    started = folder / "environment.txt"
+    wait_for(lambda: started.exists() and started.stat().st_size > 0, deadline_s=240)
     for pid in children_running("launch.train", os.getpid()):
         os.kill(pid, signal.SIGKILL)
 

@@ -13,7 +13,6 @@ from shards.errors import UserError
 
 TILES = {"bags": {"instances": "tiles"}}
 MSP = {"instance_encoder": "msp", "scales": [128, 256, 384]}
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs" / "experiment").glob("*.yaml"))
 
 
 def write(path: Path, text: str) -> Path:
@@ -142,9 +141,3 @@ def test_the_reference_names_every_option_with_a_doc() -> None:
     assert set(options) == set(flatten(config_to_dict(Config())))
     assert all(option.doc and option.doc[-1] != "." for option in options.values())
     assert yaml.safe_load(options["model.scales"].default) == [16, 32, 128]
-
-
-@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
-def test_every_experiment_of_the_repository_is_valid(file: Path) -> None:
-    assert load_config(file).name == file.stem
-    assert file.read_text(encoding="utf-8").startswith("# msmil train configs/experiment/")
