@@ -46,7 +46,8 @@ def model_section(found: Architecture, config: Mapping[str, Any] | None, report:
     defaults = {word: values[0] for word, values in found.open.items()} | found.free
     report.assumed = {word: value for word, value in defaults.items() if word not in said}
     words = {**defaults, **said, **words}
-    return config_from_dict({"bags": PUBLISHED_BAGS, "model": {word: _plain(v) for word, v in words.items() if _needed(word, v)}}).model
+    said_of_model = {word: _plain(value) for word, value in words.items() if _needed(word, value)}
+    return config_from_dict({"bags": PUBLISHED_BAGS, "model": said_of_model}).model
 
 
 def _needed(word: str, value: Any) -> bool:
