@@ -24,7 +24,7 @@ def is_evaluated(folder: RunFolder, split: Split, fingerprint: str) -> bool:
     if not (folder.metrics / f"{split}.json").exists():
         return False
     results = read_results(folder, split)
-    best = find_checkpoint(folder, "best").name
+    best = find_checkpoint(folder, "best", other_data=False).name
     return bool(results.get("checkpoint") == best and results.get("data_fingerprint") == fingerprint)
 
 
