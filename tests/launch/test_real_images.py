@@ -58,7 +58,12 @@ def test_a_published_configuration_trains_a_few_steps(
     tmp_path: Path, real_shards: Path, name: str, instances: str
 ) -> None:
     ranks = 2 if name == "vindr_mass_fpn_abmil" else 1
-    changes = [f"train.epochs={ranks}", f"train.batch_size={ranks}", "train.head_warmup_epochs=0", "train.precision=fp32"]
+    changes = [
+        f"train.epochs={ranks}",
+        f"train.batch_size={ranks}",
+        "train.head_warmup_epochs=0",
+        "train.precision=fp32",
+    ]
     changes += [f"data.shards={real_shards}", f"output_dir={tmp_path}", "data.workers=0", "model.pretrained=false"]
     config = f"configs/experiment/{name}.yaml"
     done = msmil("train", config, *changes, f"bags.instances={instances}", "--ranks", str(ranks), deadline_s=280)
