@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 
 import msmil
-from launch import demo, evaluate, pack, phantom, train, verify
+from launch import demo, evaluate, extract, pack, phantom, train, verify
 from shards.errors import UserError
 
 EXIT_OK = 0
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
-_COMMANDS = (demo, phantom, pack, verify, train, evaluate)
+_COMMANDS = (demo, phantom, pack, verify, extract, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from msmil.config_offline import check_offline
 from shards.errors import UserError
 
 
@@ -24,6 +25,9 @@ class DataConfig:
     """Where the images are and which labels are learned."""
 
     shards: str = opt("data/shards", "folder that `msmil pack` wrote (holds manifest.json)")
+    features: str = opt(
+        "", "folder that `msmil extract` wrote: its features are read instead of images (train.encoder: frozen)"
+    )
     labels: tuple[str, ...] = opt(("Mass",), "labels of the manifest that the model learns, in this order")
     last_batch: Literal["pad", "drop"] = opt("pad", "last global batch of an epoch: fill with weight 0, or leave out")
     shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
@@ -245,6 +249,8 @@ def _check(config: Config) -> None:
         _require(train.head_warmup_epochs == 0, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
         fix = "set train.batch_norm: frozen; a frozen encoder runs in eval mode"
         _require(train.batch_norm == "frozen", "train.batch_norm", train.batch_norm, fix)
+    if data.features:
+        check_offline(config)
     fix = "the head-only stage must end before the run does"
     _require(train.head_warmup_epochs < train.epochs, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
 

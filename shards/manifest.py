@@ -152,7 +152,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     directory = Path(directory).absolute()
     header = _read_header(directory)
     path = directory / SAMPLES_NAME
-    with _os_errors_for_users(path):
+    with os_errors_for_users(path):
         if not path.is_file():
             raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
         expected = header.samples["sha256"]
@@ -169,7 +169,7 @@ def check_shards(manifest: Manifest) -> None:
     """
     for shard in manifest.shards:
         path = manifest.directory / shard.name
-        with _os_errors_for_users(path):
+        with os_errors_for_users(path):
             if not path.is_file():
                 raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
             size = path.stat().st_size
@@ -223,7 +223,7 @@ def _open(directory: Path, header: Header) -> Manifest:
 
 
 @contextmanager
-def _os_errors_for_users(path: Path) -> Iterator[None]:
+def os_errors_for_users(path: Path) -> Iterator[None]:
     """A file or folder that the system does not let us read is the user's to mend."""
     try:
         yield
@@ -234,7 +234,7 @@ def _os_errors_for_users(path: Path) -> Iterator[None]:
 
 def _read_header(directory: Path) -> Header:
     path = directory / MANIFEST_NAME
-    with _os_errors_for_users(path):
+    with os_errors_for_users(path):
         if not path.is_file():
             if (directory / WORK_FOLDER).is_dir():
                 fix = "run the same `msmil pack` command again; it goes on where it stopped"

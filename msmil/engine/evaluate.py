@@ -16,7 +16,7 @@ from msmil.detection.heatmap import map_names, maps
 from msmil.detection.localisation import PeakHits
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest, pointed
 from msmil.engine.pictures import map_figures
-from msmil.engine.pipeline import Pipeline, build_network, open_pipeline
+from msmil.engine.pipeline import Pipeline, build_network, open_pipeline, with_encoder_of
 from msmil.engine.predict import forward_batches, predict
 from msmil.engine.run import check_data
 from msmil.engine.run_folder import RunFolder
@@ -115,7 +115,7 @@ def open_evaluation(
         first = " ".join(str(error).split())[:300]
         raise UserError(f"does not fit images of {pipeline.image_hw}: {first}", file=checkpoint, fix=fix) from None
     log.info("evaluating %s (epoch %d, step %d)", checkpoint, saved.state.epoch, saved.state.step)
-    return Evaluation(pipeline, folder, network.to(runtime.device))
+    return Evaluation(with_encoder_of(pipeline, network), folder, network.to(runtime.device))
 
 
 def evaluated_weights(saved: Checkpoint) -> dict[str, Any]:
@@ -146,6 +146,7 @@ def localise(evaluation: Evaluation, split: str, offsets: CellOffsets) -> dict[s
     for batch, bag, output in forward_batches(
         pipeline, network, rows_M, instance_logits=network.deep_supervision, what=what
     ):
+        assert batch.image_B1HW is not None
         breast_BHW = breast_masks(batch.image_B1HW).to(runtime.device)
         boxes = [manifest.record(int(row)).boxes for row in batch.sample_B]
         hits.add(maps(output, bag, breast_BHW, offsets).named(), breast_BHW, boxes)

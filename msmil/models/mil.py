@@ -136,15 +136,21 @@ class MILModel(nn.Module):
         return self.pyramid.scales
 
     @property
+    def levels(self) -> tuple[int, ...]:
+        """What `encode` gives: the strides of the backbone's maps."""
+        return self.backbone.strides
+
+    @property
     def deep_supervision(self) -> bool:
         """Whether the scales have heads of their own."""
         return all(branch.head is not None for branch in self.branches.values())
 
     def forward(
         self,
-        tiles_BNCPP: Tensor,
+        tiles_BNCPP: Tensor | None,
         mask_BN: Tensor | None = None,
         *,
+        levels: Mapping[int, Tensor] | None = None,
         uniform_mix: float = 0.0,
         instance_logits: bool = False,
         composite_shares: Sequence[float] = (),
@@ -152,7 +158,9 @@ class MILModel(nn.Module):
         """Everything about a batch of bags.
 
         Args:
-            tiles_BNCPP: normalised tiles; one whole image has N = 1 and its own height and width for P x P.
+            tiles_BNCPP: normalised tiles; one whole image has N = 1 and its own height and width for P x P. None
+                where `levels` are given.
+            levels: what `encode` made of them before, with tiles apart: {stride: map_BNDhw}.
             mask_BN: True for real tiles. Padded ones are not encoded, get no weight, and have score and
                 instance logit -inf, so a padded bag gives what the unpadded one gives.
             uniform_mix: share of uniform attention mixed into every pooling, 0..1.
@@ -162,7 +170,13 @@ class MILModel(nn.Module):
         Raises:
             UserError: wrong shape, a bag without a real tile, instance logits of a model without scale heads.
         """
-        self._check_input(tiles_BNCPP, mask_BN, instance_logits or bool(composite_shares))
+        self._check_input(tiles_BNCPP, mask_BN, levels, instance_logits or bool(composite_shares))
+        if levels is None:
+            assert tiles_BNCPP is not None
+            bags_tiles, maps = tuple(tiles_BNCPP.shape[:2]), self.encode(tiles_BNCPP, mask_BN)
+        else:
+            bags_tiles = tuple(levels[self.backbone.strides[0]].shape[:2])
+            maps = {stride: _real(map_BNDhw, mask_BN) for stride, map_BNDhw in levels.items()}
         outputs: dict[int, BranchOutput] = {
             scale: self.branches[str(scale)](
                 x_BID,
@@ -171,7 +185,7 @@ class MILModel(nn.Module):
                 instance_logits=instance_logits,
                 composite_shares=composite_shares,
             )
-            for scale, (x_BID, mask_BI) in self._instances(tiles_BNCPP, mask_BN).items()
+            for scale, (x_BID, mask_BI) in self._instances(maps, bags_tiles, mask_BN).items()
         }
         embedding_BSKD = torch.stack([out.pooled.embedding_BKD for out in outputs.values()], dim=1)
         merged_BKD, weight_BKS = self.scale_attention(embedding_BSKD)
@@ -188,12 +202,17 @@ class MILModel(nn.Module):
             composite_logit=composite or None,
         )
 
-    def _instances(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None) -> dict[int, tuple[Tensor, Tensor | None]]:
+    def encode(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None = None) -> dict[int, Tensor]:
+        """The backbone's maps of the real tiles, {stride: map_MDhw}; what else the model does starts from them."""
+        return dict(zip(self.backbone.strides, self.backbone(_real(tiles_BNCPP, mask_BN)), strict=True))
+
+    def _instances(
+        self, maps: Mapping[int, Tensor], bags_tiles: tuple[int, ...], mask_BN: Tensor | None
+    ) -> dict[int, tuple[Tensor, Tensor | None]]:
         """{scale: (instances in the order (tile, y, x), mask)}, zeros for the instances of padded tiles."""
-        B, N = tiles_BNCPP.shape[:2]
-        tiles_MCPP = tiles_BNCPP.flatten(0, 1)
+        B, N = bags_tiles
         real_M = None if mask_BN is None else mask_BN.flatten()
-        levels = self.pyramid(self.backbone(tiles_MCPP if real_M is None else tiles_MCPP[real_M]))
+        levels = self.pyramid([maps[stride] for stride in self.backbone.strides])
         instances: dict[int, tuple[Tensor, Tensor | None]] = {}
         for scale, map_MDhw in levels.items():
             x_MhwD = map_MDhw.permute(0, 2, 3, 1)
@@ -209,13 +228,18 @@ class MILModel(nn.Module):
     def _over_labels(self, x_BKX: Tensor) -> Tensor:
         return x_BKX.expand(-1, self.num_labels, -1)
 
-    def _check_input(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None, heads: bool) -> None:
-        shape = tuple(tiles_BNCPP.shape)
-        if len(shape) != 5 or shape[2] != self.in_channels:
-            raise UserError(
-                f"the model was called on tiles of shape {shape}",
-                fix=f"give [bags, tiles, {self.in_channels}, height, width], as model.in_channels says",
-            )
+    def _check_input(
+        self, tiles_BNCPP: Tensor | None, mask_BN: Tensor | None, levels: Mapping[int, Tensor] | None, heads: bool
+    ) -> None:
+        if levels is not None:
+            shape = self._check_levels(levels)
+        else:
+            shape = () if tiles_BNCPP is None else tuple(tiles_BNCPP.shape)
+            if len(shape) != 5 or shape[2] != self.in_channels:
+                raise UserError(
+                    f"the model was called on tiles of shape {shape}",
+                    fix=f"give [bags, tiles, {self.in_channels}, height, width], as model.in_channels says",
+                )
         if mask_BN is not None:
             if mask_BN.dtype != torch.bool or tuple(mask_BN.shape) != shape[:2]:
                 raise UserError(
@@ -230,3 +254,19 @@ class MILModel(nn.Module):
                 "logits of instances were asked of a model that has no heads per scale",
                 fix="set model.deep_supervision: true (and train it so), or no loss on instances",
             )
+
+    def _check_levels(self, levels: Mapping[int, Tensor]) -> tuple[int, ...]:
+        wanted = dict(zip(self.backbone.strides, self.backbone.channels, strict=True))
+        found = {stride: tuple(levels[stride].shape) for stride in wanted if stride in levels}
+        if any(len(s) != 5 or s[2] != wanted[stride] for stride, s in found.items()) or len(found) < len(wanted):
+            raise UserError(
+                f"the model was called on levels of shapes { {s: tuple(x.shape) for s, x in levels.items()} }",
+                fix=f"give [bags, tiles, channels, height, width] for the strides and channels {wanted}",
+            )
+        return next(iter(found.values()))
+
+
+def _real(x_BNX: Tensor, mask_BN: Tensor | None) -> Tensor:
+    """What belongs to real tiles, [M, ...]."""
+    x_MX = x_BNX.flatten(0, 1)
+    return x_MX if mask_BN is None else x_MX[mask_BN.flatten()]
