@@ -242,7 +242,11 @@ def _checked(header: FeatureHeader) -> FeatureHeader:
     for level, shape in header.levels.items():
         if int(level) < 1 or not all(isinstance(n, int) and n > 0 for n in shape):
             raise ValueError(f"level {level} has the shape {shape}")
-    for entry, keys in (("encoder", ("backbone", "sha256")), ("data", ("fingerprint",)), ("rows", ("num_bytes", "sha256"))):
+    for entry, keys in (
+        ("encoder", ("backbone", "sha256")),
+        ("data", ("fingerprint",)),
+        ("rows", ("num_bytes", "sha256")),
+    ):
         missing = set(keys) - dict(getattr(header, entry)).keys()
         if missing:
             raise ValueError(f"{entry} lacks {', '.join(sorted(missing))}")
