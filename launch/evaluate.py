@@ -39,15 +39,18 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     ranks = default_ranks() if args.ranks is None else args.ranks
     from msmil.engine.evaluate import find_checkpoint
+    from msmil.engine.features import open_features
     from msmil.engine.pipeline import open_data
     from msmil.engine.run_folder import RunFolder
 
     find_checkpoint(RunFolder(args.folder), args.checkpoint)
-    open_data(config)
+    open_features(config, open_data(config))
     log = RunFolder(args.folder).log
     arguments = [args.folder, "--split", args.split, "--checkpoint", args.checkpoint]
     if args.shards is not None:
         arguments += ["--shards", args.shards]
+    if args.features is not None:
+        arguments += ["--features", args.features]
     return start_ranks("launch.evaluate", arguments, ranks=ranks, precision=config.train.precision, log=log)
 
 
@@ -75,6 +78,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder, for example runs/demo")
     parser.add_argument("--split", choices=SPLITS, default="test", help="images to judge (default: test)")
     parser.add_argument("--checkpoint", default="best", help="best, latest or step_N (default: best)")
+    parser.add_argument(
+        "--features",
+        metavar="FOLDER",
+        help="features of these data, or none: encode the images (default: those it was trained on, if any)",
+    )
     parser.add_argument("--shards", help="other packed data to judge it on (default: those it was trained on)")
 
 
@@ -87,6 +95,9 @@ def _config(args: argparse.Namespace) -> Config:
     config = load_config(file)
     if args.shards is not None:
         config = replace(config, data=replace(config.data, shards=args.shards))
+    if args.features is not None:
+        features = "" if args.features == "none" else args.features
+        config = replace(config, data=replace(config.data, features=features))
     return _as_this_machine_can(config)
 
 

@@ -39,7 +39,7 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     assert all(f"\n{target}:" in makefile for target in ("demo", "test", "test-fast"))
 
 
-@pytest.mark.parametrize("command", ["demo", "phantom", "pack", "verify", "train", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "phantom", "pack", "verify", "extract", "train", "evaluate"])
 def test_every_command_has_a_help_text_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"\n    {command} " in build_parser().format_help()
     with pytest.raises(SystemExit, match="0"):

@@ -57,7 +57,7 @@ def open_features(config: Config, manifest: Manifest) -> Features | None:
     before, now = header.data["fingerprint"], manifest.fingerprint
     if before != now:
         thing = f"features of data with fingerprint {before[:_SHOWN]}, data.shards has {now[:_SHOWN]}"
-        raise _refusal(features, thing, "give the shards that were encoded, or extract the features of these")
+        raise _refusal(features, thing, "give the shards that were encoded, or features of these data (msmil extract)")
     _compare(features, "bags", header.bags, tiling_identity(config.bags))
     _compare(features, "model", header.encoder, _encoder_words(config.model))
     assert len(features) == len(manifest), "the fingerprint holds the rows together"
