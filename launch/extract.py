@@ -29,8 +29,8 @@ def add_parser(subparsers: Any) -> None:
         "extract",
         help="encode a packed folder once with the frozen backbone: shards of features to train from",
         description="Encode every image of data.shards with the backbone in eval mode, on every GPU of this machine "
-        "(without one: on 2 CPU ranks), and store what it gives. The size is printed first. Interrupted, the same "
-        "command goes on where it stopped.",
+        "(without one: on 2 CPU ranks of one thread), and store what it gives. The size is printed first. "
+        "Interrupted, the same command goes on where it stopped.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EPILOG,
     )

@@ -19,13 +19,12 @@ from shards import samples
 from shards.errors import UserError
 from shards.feature_codec import TYPES, FeatureType, decode
 from shards.files import atomic_file, sha256_file
-from shards.manifest import MANIFEST_NAME, ShardInfo, os_errors_for_users
+from shards.manifest import FEATURES_FORMAT, MANIFEST_NAME, ShardInfo, os_errors_for_users
 from shards.members import MemberReader, Place
 
 SCHEMA_VERSION: Final = 1
 ROWS_NAME: Final = "features.arrow"
 WORK_FOLDER: Final = ".extracting"
-_FORMAT: Final = "msmil-features"
 _AGAIN: Final = "extract the features again into an empty folder, or copy the folder again from where it is whole"
 _COLUMNS: Final = pa.schema(
     [
@@ -103,6 +102,11 @@ class Features:
             int(self._num_bytes_N[row]),
             self._sha256_N32[row].tobytes(),
         )
+
+    def rows(self, shard: int) -> list[int]:
+        """The rows whose features lie in a tar."""
+        rows: list[int] = np.flatnonzero(self._shard_N == shard).tolist()
+        return rows
 
     def key(self, row: int) -> str:
         """The name of a row's sample in its tar."""
@@ -182,7 +186,11 @@ def write_features(
         "num_images": table.num_rows,
     }
     header = FeatureHeader(
-        schema_version=SCHEMA_VERSION, format=_FORMAT, rows=described, shards=[asdict(s) for s in shards], **fields
+        schema_version=SCHEMA_VERSION,
+        format=FEATURES_FORMAT,
+        rows=described,
+        shards=[asdict(s) for s in shards],
+        **fields,
     )
     with atomic_file(directory / MANIFEST_NAME) as file:
         file.write((json.dumps(asdict(header), indent=1) + "\n").encode())
@@ -222,7 +230,7 @@ def _read_header(directory: Path) -> FeatureHeader:
         content = json.loads(encoded)
     except ValueError as error:
         raise UserError(f"is not JSON ({error})", fix=_AGAIN, file=path) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FEATURES_FORMAT:
         fix = "give the folder that `msmil extract` wrote"
         raise UserError("is not a manifest of features", fix=fix, file=path)
     if content.get("schema_version") != SCHEMA_VERSION:

@@ -25,6 +25,7 @@ SAMPLES_NAME: Final = "samples.arrow"
 WORK_FOLDER: Final = ".packing"
 DTYPES: Final = ("uint8", "uint16")
 _FORMAT: Final = "msmil-shards"
+FEATURES_FORMAT: Final = "msmil-features"
 _REPACK: Final = "pack again into an empty folder, or copy the folder again from where it is whole"
 
 
@@ -159,6 +160,15 @@ def read_manifest(directory: str | Path) -> Manifest:
         if path.stat().st_size != header.samples["num_bytes"] or sha256_file(path).hex() != expected:
             raise UserError("changed since it was packed: its checksum is another", fix=_REPACK, file=path)
     return _open(directory, header)
+
+
+def folder_format(directory: Path) -> str | None:
+    """What manifest.json says a folder holds, in one word; None where it cannot be read."""
+    try:
+        content = json.loads((directory / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return str(content.get("format")) if isinstance(content, dict) else None
 
 
 def check_shards(manifest: Manifest) -> None:

@@ -53,9 +53,9 @@ def extract(config: Config, out: Path, runtime: Runtime, storage: Storage, *, on
     """Encode every image of data.shards with the backbone in eval mode, and write its levels to `out`.
 
     Arithmetic is fp32 whatever train.precision is, without TF32. The batches that the backbone sees are the same on
-    any number of ranks, and so are the bytes, as far as its library adds up alike on them (the same kind of device;
-    on CPUs the same number of threads). A shard that is whole is kept: the same call after a kill goes on where it
-    stopped, and after the end it changes nothing.
+    any number of ranks, and a CPU rank computes in one thread, since convolutions on more add up in another order: on
+    one kind of device the bytes are the same for any number of ranks. A shard that is whole is kept: the same call
+    after a kill goes on where it stopped, and after the end it changes nothing.
 
     Args:
         config: the experiment; its augmentation has no part in this.
@@ -67,6 +67,8 @@ def extract(config: Config, out: Path, runtime: Runtime, storage: Storage, *, on
     Raises:
         UserError: something about data, folder, disk or a number that cannot be stored that the user can mend.
     """
+    if runtime.device.type == "cpu":
+        torch.set_num_threads(1)
     pipeline = open_pipeline(replace(config, data=replace(config.data, features="")), runtime)
     network = make_network(pipeline, pretrained=True).eval()
     sizes = _measured(pipeline, network)

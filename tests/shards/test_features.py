@@ -18,6 +18,7 @@ import webdataset
 import zstandard
 from safetensors.torch import load
 
+from launch.cli import main
 from shards.errors import UserError
 from shards.feature_codec import TYPES, decode, encode
 from shards.feature_pack import write_shard
@@ -253,3 +254,23 @@ class TestReading:
         with tarfile.open(own / "shard-000000.tar") as tar:
             names = tar.getnames()
         assert {name.partition(".")[2] for name in names} == {"json", "safetensors"}
+
+
+class TestVerify:
+    def test_a_whole_folder_is_told_to_be_whole(self, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["verify", str(own), "--processes", "1"]) == 0
+        assert "96 images in 12 shards, all as extracted" in capsys.readouterr().out
+
+    def test_every_broken_shard_is_named(self, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        features = read_features(own)
+        for row in (3, 4, 50):
+            place = features.place(row)
+            with (own / features.shards[place.shard].name).open("r+b") as tar:
+                tar.seek(place.offset_bytes + 20)
+                tar.write(b"??")
+        (own / "foreign.tar").touch()
+        assert main(["verify", str(own), "--processes", "1", "--quiet"]) == 2
+        said = capsys.readouterr().out
+        assert "6 problems in 3 files" in said
+        assert all(f"(row {row})" in said for row in (3, 4, 50))
+        assert "foreign.tar" in said
