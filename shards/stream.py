@@ -170,8 +170,8 @@ class _Share(IterableDataset[Batch | _Failure]):
         row_M: Int64,
         weight_M: Float32,
         size: int,
-        features: Features | None,
-        images: bool,
+        features: Features | None = None,
+        images: bool = True,
     ) -> None:
         assert images or features is not None
         self.manifest = manifest

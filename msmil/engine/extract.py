@@ -212,5 +212,5 @@ def _encoded(pipeline: Pipeline, network: MILModel, rows: np.ndarray, *, size: i
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
         ):
             levels = network.encode(bag.tiles_BNCPP)
-        bags_tiles = bag.tiles_BNCPP.shape[:2]
-        yield {level: map_MDhw.unflatten(0, bags_tiles).cpu() for level, map_MDhw in levels.items()}
+        bags = len(batch.sample_B)
+        yield {level: map_MDhw.unflatten(0, (bags, -1)).cpu() for level, map_MDhw in levels.items()}
