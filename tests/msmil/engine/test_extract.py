@@ -66,8 +66,8 @@ def with_features(config: Config, folder: Path, **changes: Any) -> Config:
     return replace(config, data=replace(config.data, features=str(folder)), **changes)
 
 
-def logits(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and scale logits of all images, by the untrained network of a configuration."""
+def logits(config: Config) -> list[torch.Tensor]:
+    """Logits of all images, and those of the scales where there are any, by the untrained network of a configuration."""
     reset()
     pipeline = open_pipeline(config, Runtime(config.train))
     network = make_network(pipeline, pretrained=True)
@@ -76,8 +76,8 @@ def logits(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     outputs = [
         output for _, _, output in forward_batches(pipeline, network, rows, instance_logits=False, what="testing")
     ]
-    scales = [output.scale_logit_SBK for output in outputs]
-    return torch.cat([o.logit_BK for o in outputs]), torch.cat([s for s in scales if s is not None], dim=1)
+    scales = [output.scale_logit_SBK for output in outputs if output.scale_logit_SBK is not None]
+    return [torch.cat([output.logit_BK for output in outputs]), *([torch.cat(scales, dim=1)] if scales else [])]
 
 
 TILES = {"instances": "tiles", "tile_size_px": 32, "tile_overlap": 0.5, **FROZEN["bags"]}
