@@ -36,25 +36,41 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate one run."""
-    return start(args.folder, split=args.split, checkpoint=args.checkpoint, shards=args.shards, ranks=args.ranks)
+    return start(
+        args.folder,
+        split=args.split,
+        checkpoint=args.checkpoint,
+        shards=args.shards,
+        features=args.features,
+        ranks=args.ranks,
+    )
 
 
 def start(
-    folder: str, *, split: str = "test", checkpoint: str = "best", shards: str | None = None, ranks: int | None = None
+    folder: str,
+    *,
+    split: str = "test",
+    checkpoint: str = "best",
+    shards: str | None = None,
+    features: str | None = None,
+    ranks: int | None = None,
 ) -> int:
     """Check what can be checked, start the ranks (None: one per GPU) and return their exit code."""
-    config = _config(folder, shards)
+    config = _config(folder, shards, features)
     ranks = default_ranks() if ranks is None else ranks
     from msmil.engine.evaluate import find_checkpoint
+    from msmil.engine.features import open_features
     from msmil.engine.pipeline import open_data
     from msmil.engine.run_folder import RunFolder
 
     find_checkpoint(RunFolder(folder), checkpoint, other_data=shards is not None)
-    open_data(config)
+    open_features(config, open_data(config))
     log = RunFolder(folder).log
     arguments = [folder, "--split", split, "--checkpoint", checkpoint]
     if shards is not None:
         arguments += ["--shards", shards]
+    if features is not None:
+        arguments += ["--features", features]
     return start_ranks("launch.evaluate", arguments, ranks=ranks, precision=config.train.precision, log=log)
 
 
@@ -75,17 +91,22 @@ def rank_main(argv: Sequence[str] | None = None) -> int:
     _add_arguments(parser)
     args = parser.parse_args(argv)
     choice = {"split": args.split, "checkpoint": args.checkpoint, "other_data": args.shards is not None}
-    return rank_program(lambda: main(_config(args.folder, args.shards), args.folder, **choice))
+    return rank_program(lambda: main(_config(args.folder, args.shards, args.features), args.folder, **choice))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder, for example runs/demo")
     parser.add_argument("--split", choices=SPLITS, default="test", help="images to judge (default: test)")
     parser.add_argument("--checkpoint", default="best", help="best, latest or step_N (default: best)")
+    parser.add_argument(
+        "--features",
+        metavar="FOLDER",
+        help="features of these data, or none: encode the images (default: those it was trained on, if any)",
+    )
     parser.add_argument("--shards", help="other packed data to judge it on (default: those it was trained on)")
 
 
-def _config(folder: str, shards: str | None) -> Config:
+def _config(folder: str, shards: str | None, features: str | None) -> Config:
     from msmil.engine.run_folder import RunFolder
 
     file = RunFolder(folder).config
@@ -94,6 +115,8 @@ def _config(folder: str, shards: str | None) -> Config:
     config = load_config(file)
     if shards is not None:
         config = replace(config, data=replace(config.data, shards=shards))
+    if features is not None:
+        config = replace(config, data=replace(config.data, features="" if features == "none" else features))
     return _as_this_machine_can(config)
 
 

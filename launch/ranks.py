@@ -24,7 +24,7 @@ _FAILURE_FILE = "MSMIL_FAILURE_FILE"
 _FAILURE_NAME = "failure.txt"
 _PEER_IS_GONE = ("closed by peer", "reset by peer", "broken pipe", "connection was closed", "remote process exited")
 _PEER_WAIT_S = 10.0
-_AGAIN = "the same command again goes on from the last checkpoint"
+_AGAIN = "the same command again goes on where it stopped"
 
 
 def default_ranks() -> int:

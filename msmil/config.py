@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from msmil.config_checks import check_folds, check_model
 from msmil.config_checks import require as _require
+from msmil.config_offline import check_offline
 
 
 def opt(default: Any, doc: str) -> Any:
@@ -25,6 +26,9 @@ class DataConfig:
     """Where the images are and which labels are learned."""
 
     shards: str = opt("data/shards", "folder that `msmil pack` wrote (holds manifest.json)")
+    features: str = opt(
+        "", "folder that `msmil extract` wrote: its features are read instead of images (train.encoder: frozen)"
+    )
     labels: tuple[str, ...] = opt(("Mass",), "labels of the manifest that the model learns, in this order")
     folds: Literal["none", "table"] | int = opt(
         "none", "cross-validation: folds of all patients outside test, seeded, or those of the packed table"
@@ -246,6 +250,8 @@ def _check(config: Config) -> None:
         _require(train.head_warmup_epochs == 0, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
         fix = "set train.batch_norm: frozen; a frozen encoder runs in eval mode"
         _require(train.batch_norm == "frozen", "train.batch_norm", train.batch_norm, fix)
+    if data.features:
+        check_offline(config)
     fix = "the head-only stage must end before the run does"
     _require(train.head_warmup_epochs < train.epochs, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
 

@@ -25,6 +25,7 @@ SAMPLES_NAME: Final = "samples.arrow"
 WORK_FOLDER: Final = ".packing"
 DTYPES: Final = ("uint8", "uint16")
 _FORMAT: Final = "msmil-shards"
+FEATURES_FORMAT: Final = "msmil-features"
 _REPACK: Final = "pack again into an empty folder, or copy the folder again from where it is whole"
 
 
@@ -167,13 +168,22 @@ def read_manifest(directory: str | Path) -> Manifest:
     directory = Path(directory).absolute()
     header = _read_header(directory)
     path = directory / SAMPLES_NAME
-    with _os_errors_for_users(path):
+    with os_errors_for_users(path):
         if not path.is_file():
             raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
         expected = header.samples["sha256"]
         if path.stat().st_size != header.samples["num_bytes"] or sha256_file(path).hex() != expected:
             raise UserError("changed since it was packed: its checksum is another", fix=_REPACK, file=path)
     return _open(directory, header)
+
+
+def folder_format(directory: Path) -> str | None:
+    """What manifest.json says a folder holds, in one word; None where it cannot be read."""
+    try:
+        content = json.loads((directory / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return str(content.get("format")) if isinstance(content, dict) else None
 
 
 def check_shards(manifest: Manifest) -> None:
@@ -184,7 +194,7 @@ def check_shards(manifest: Manifest) -> None:
     """
     for shard in manifest.shards:
         path = manifest.directory / shard.name
-        with _os_errors_for_users(path):
+        with os_errors_for_users(path):
             if not path.is_file():
                 raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
             size = path.stat().st_size
@@ -240,7 +250,7 @@ def _open(directory: Path, header: Header) -> Manifest:
 
 
 @contextmanager
-def _os_errors_for_users(path: Path) -> Iterator[None]:
+def os_errors_for_users(path: Path) -> Iterator[None]:
     """A file or folder that the system does not let us read is the user's to mend."""
     try:
         yield
@@ -251,7 +261,7 @@ def _os_errors_for_users(path: Path) -> Iterator[None]:
 
 def _read_header(directory: Path) -> Header:
     path = directory / MANIFEST_NAME
-    with _os_errors_for_users(path):
+    with os_errors_for_users(path):
         if not path.is_file():
             if (directory / WORK_FOLDER).is_dir():
                 fix = "run the same `msmil pack` command again; it goes on where it stopped"

@@ -5,20 +5,16 @@ H W pixels.
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 
 from shards.codecs import Codec, encode
 from shards.errors import UserError
-from shards.files import atomic_file, free_bytes, human_bytes, remove_leftovers
+from shards.files import free_bytes, human_bytes
 from shards.images import BrokenImageError, read_grey
 from shards.manifest import (
     MANIFEST_NAME,
@@ -43,10 +39,10 @@ from shards.pool import default_processes, run_tasks
 from shards.recipes import Recipe
 from shards.sources.base import Archive, SourceRow
 from shards.splits import Validation
+from shards.work import check_same, locked, start_or_resume
 
 SAMPLES_PER_SHARD: Final = 256
-_PLAN_NAME: Final = "plan.json"
-_LOCK_NAME: Final = "lock"
+_EXPLAINED: Final = {"table_and_images": "the table, the splits or the sizes of the image files have changed"}
 _PROBES: Final = 8
 # Headers, the json member and the row of samples.arrow, per image.
 _OVERHEAD_BYTES: Final = 4096
@@ -99,40 +95,16 @@ def pack(
     if processes is not None and processes < 1:
         raise UserError(f"{processes} processes", fix="give at least 1 (--processes)")
     plan = make_plan(archive, options)
-    with _locked(out):
+    work = out / WORK_FOLDER
+    with locked(work, verb="packs"):
         done = _already_packed(out, plan)
         if done is None:
-            _start_or_resume(out, plan)
+            start_or_resume(work, plan.settings, rows_name=SAMPLES_NAME, explained=_EXPLAINED)
             job = _make_job(archive, out, options, plan)
             _write_shards(job, plan, processes or default_processes(), quiet)
             done = finish(job, plan, archive)
-        shutil.rmtree(out / WORK_FOLDER)
-    return PackReport(directory=out, header=done)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel gives it back when this process dies."""
-    work = out / WORK_FOLDER
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    except OSError as error:
-        raise UserError(f"cannot be written to ({error.strerror})", fix="choose another folder", file=out) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError("another process packs into this folder", fix="wait until it ends", file=out) from error
-    finally:
-        os.close(descriptor)
-        _remove_if_unused(work)
-
-
-def _remove_if_unused(work: Path) -> None:
-    """Leave no working folder behind where there was nothing to work on."""
-    if work.is_dir() and [item.name for item in work.iterdir()] == [_LOCK_NAME]:
         shutil.rmtree(work)
+    return PackReport(directory=out, header=done)
 
 
 def _already_packed(out: Path, plan: PackPlan) -> Header | None:
@@ -140,36 +112,9 @@ def _already_packed(out: Path, plan: PackPlan) -> Header | None:
     if not (out / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(out)
-    _check_same(out, manifest.header.settings, plan.settings)
+    check_same(out, manifest.header.settings, plan.settings, explained=_EXPLAINED)
     check_shards(manifest)
     return manifest.header
-
-
-def _start_or_resume(out: Path, plan: PackPlan) -> None:
-    path = out / WORK_FOLDER / _PLAN_NAME
-    if path.exists():
-        _check_same(out, json.loads(path.read_text("utf-8")), plan.settings)
-    else:
-        foreign = sorted(item.name for item in out.glob("shard-*.tar")) + [SAMPLES_NAME] * (out / SAMPLES_NAME).exists()
-        if foreign:
-            fix = "choose an empty folder, or delete what is in this one"
-            raise UserError(f"holds {foreign[0]} of something else", fix=fix, file=out)
-        with atomic_file(path) as file:
-            file.write(json.dumps(plan.settings, indent=1).encode())
-    remove_leftovers(out)
-    remove_leftovers(out / WORK_FOLDER)
-
-
-def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to mix two packs in a folder; says in what they differ."""
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        key = changed[0]
-        what = f"{key} was {before.get(key)}, now {now[key]}"
-        if key == "table_and_images":
-            what = "the table, the splits or the sizes of the image files have changed"
-        fix = "use another folder, delete this one, or give the former table and options"
-        raise UserError(f"was packed with other input: {what}", fix=fix, file=out)
 
 
 def _make_job(archive: Archive, out: Path, options: PackOptions, plan: PackPlan) -> Job:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.errors import UserError
+from shards.features import FeatureReader, Features
 from shards.files import human_bytes
 from shards.manifest import Manifest
 from shards.plan import EpochPlan, Float32, Int64, rank_slice, worker_batches
@@ -42,6 +44,7 @@ def train_stream(
     workers: int,
     prefetch_batches: int,
     pin_memory: bool,
+    features: Features | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches of an epoch in order, `accumulation` for each global batch from `start_batch` on.
 
@@ -60,6 +63,7 @@ def train_stream(
         workers: decoding processes; 0 decodes in this process.
         prefetch_batches: batches each decoding process keeps ready.
         pin_memory: page-locked memory, for copies to a GPU.
+        features: what to read instead of images.
 
     Raises:
         UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
@@ -83,6 +87,8 @@ def train_stream(
         row_M=rows_GB[start_batch:, columns].reshape(-1),
         weight_M=weight_GB[start_batch:, columns].reshape(-1),
         size=len(columns),
+        features=features,
+        images=features is None,
     )
     batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
     return _micro_batches(batches, len(columns) // accumulation)
@@ -119,14 +125,25 @@ def evaluation_stream(
     workers: int,
     prefetch_batches: int,
     pin_memory: bool,
+    features: Features | None = None,
+    images: bool = True,
 ) -> Iterator[Batch]:
     """The given manifest rows in order, each once, with weight 1; the last batch may be short.
 
-    The arguments are those of `train_stream`, but `batch_size` counts the images of this rank's batch. So do errors.
+    The arguments are those of `train_stream`, but `batch_size` counts the images of this rank's batch, and `images`
+    says whether they are read too where there are `features`. Errors are the same.
     """
     assert batch_size >= 1
     row_M = np.asarray(rows, np.int64)
-    share = _Share(manifest, labels=labels, row_M=row_M, weight_M=np.ones(len(row_M), np.float32), size=batch_size)
+    share = _Share(
+        manifest,
+        labels=labels,
+        row_M=row_M,
+        weight_M=np.ones(len(row_M), np.float32),
+        size=batch_size,
+        features=features,
+        images=images,
+    )
     return _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
 
 
@@ -146,38 +163,61 @@ class _Share(IterableDataset[Batch | _Failure]):
     """
 
     def __init__(
-        self, manifest: Manifest, *, labels: Sequence[str], row_M: Int64, weight_M: Float32, size: int
+        self,
+        manifest: Manifest,
+        *,
+        labels: Sequence[str],
+        row_M: Int64,
+        weight_M: Float32,
+        size: int,
+        features: Features | None = None,
+        images: bool = True,
     ) -> None:
+        assert images or features is not None
         self.manifest = manifest
+        self.features = features
+        self.images = images
         self.label_MK = manifest.label_NK(labels)[row_M]
         self.row_M = row_M
         self.weight_M = weight_M
         self.size = size
         self.num_batches = -(-len(row_M) // size)
-        self.num_bytes = size * manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize
+        image_bytes = manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize if images else 0
+        self.num_bytes = size * (image_bytes + (0 if features is None else features.num_bytes))
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        with ShardReader(self.manifest) as reader:
+        with ExitStack() as stack:
+            images = stack.enter_context(ShardReader(self.manifest)) if self.images else None
+            features = None if self.features is None else stack.enter_context(FeatureReader(self.features))
             for g in worker_batches(self.num_batches, 0, workers, worker):
                 try:
-                    made: Batch | _Failure = self._batch(reader, slice(g * self.size, (g + 1) * self.size))
+                    made: Batch | _Failure = self._batch(images, features, slice(g * self.size, (g + 1) * self.size))
                 except UserError as error:
                     made = _Failure(error.thing, error.fix, error.file)
                 yield made
 
-    def _batch(self, reader: ShardReader, part: slice) -> Batch:
-        manifest, row_B = self.manifest, self.row_M[part]
-        image_B1HW = np.empty((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
-        for image_1HW, row in zip(image_B1HW, row_B.tolist(), strict=True):
-            image_1HW[0] = reader.read(row)
+    def _batch(self, images: ShardReader | None, features: FeatureReader | None, part: slice) -> Batch:
+        row_B = self.row_M[part]
         return Batch(
-            image_B1HW=torch.from_numpy(image_B1HW),
+            image_B1HW=None if images is None else self._images(images, row_B),
             label_BK=torch.from_numpy(self.label_MK[part].copy()),
             weight_B=torch.from_numpy(self.weight_M[part].copy()),
             sample_B=torch.from_numpy(row_B.copy()),
+            levels=None if features is None else self._levels(features, row_B),
         )
+
+    def _images(self, reader: ShardReader, row_B: Int64) -> torch.Tensor:
+        manifest = self.manifest
+        image_B1HW = np.empty((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
+        for image_1HW, row in zip(image_B1HW, row_B.tolist(), strict=True):
+            image_1HW[0] = reader.read(row)
+        return torch.from_numpy(image_B1HW)
+
+    def _levels(self, reader: FeatureReader, row_B: Int64) -> dict[int, torch.Tensor]:
+        levels_B = [reader.read(row) for row in row_B.tolist()]
+        return {level: torch.stack([levels[level] for levels in levels_B]) for level in reader.features.levels}
 
 
 def _serve(share: _Share, *, workers: int, prefetch_batches: int, pin_memory: bool) -> Iterator[Batch]:
@@ -223,10 +263,11 @@ def _micro_batches(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
         for start in range(0, len(batch.sample_B), size):
             part = slice(start, start + size)
             yield Batch(
-                image_B1HW=batch.image_B1HW[part],
+                image_B1HW=None if batch.image_B1HW is None else batch.image_B1HW[part],
                 label_BK=batch.label_BK[part],
                 weight_B=batch.weight_B[part],
                 sample_B=batch.sample_B[part],
+                levels=None if batch.levels is None else {level: x[part] for level, x in batch.levels.items()},
             )
 
 

@@ -46,3 +46,8 @@ class TarWriter:
         self._file.write(data)
         self._digest.update(data)
         self.num_bytes += len(data)
+
+
+def member_bytes(payload_bytes: int) -> int:
+    """Bytes that a member of this size takes in a tar, with its header."""
+    return _BLOCK_BYTES + -(-payload_bytes // _BLOCK_BYTES) * _BLOCK_BYTES

@@ -79,20 +79,23 @@ class SampleRecord:
 class Batch:
     """What a rank gets for one micro-step, on the host.
 
-    image_B1HW: uint8 or uint16; label_BK: int8 with 1, 0, -1 (unknown); weight_B: float32, 0 marks padding;
-    sample_B: int64 row of the manifest.
+    image_B1HW: uint8 or uint16, None where features take their place; label_BK: int8 with 1, 0, -1 (unknown);
+    weight_B: float32, 0 marks padding; sample_B: int64 row of the manifest;
+    levels: {stride or tile size: stored features, [B, N, ...]}, where they are read.
     """
 
-    image_B1HW: Tensor
+    image_B1HW: Tensor | None
     label_BK: Tensor
     weight_B: Tensor
     sample_B: Tensor
+    levels: dict[int, Tensor] | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
         return Batch(
-            image_B1HW=self.image_B1HW.pin_memory(),
+            image_B1HW=None if self.image_B1HW is None else self.image_B1HW.pin_memory(),
             label_BK=self.label_BK.pin_memory(),
             weight_B=self.weight_B.pin_memory(),
             sample_B=self.sample_B.pin_memory(),
+            levels=None if self.levels is None else {level: x.pin_memory() for level, x in self.levels.items()},
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +40,7 @@ class VerifyReport:
     images: int
     shards: int
     problems: tuple[Problem, ...]
+    made: str = "packed"
 
     @property
     def ok(self) -> bool:
@@ -49,7 +50,7 @@ class VerifyReport:
     def __str__(self) -> str:
         head = f"{self.directory}: {self.images} images in {self.shards} shards"
         if self.ok:
-            return f"{head}, all as packed"
+            return f"{head}, all as {self.made}"
         files = list(dict.fromkeys(problem.file for problem in self.problems))
         width = max(len(file) for file in files)
         lines = []
@@ -105,7 +106,7 @@ def verify(directory: str | Path, *, processes: int | None = None, quiet: bool =
     problems = [problem for shard in checked for problem in shard.problems]
     if not problems and _fingerprint(manifest, b"".join(shard.pixels for shard in checked)) != manifest.fingerprint:
         problems.append(Problem(MANIFEST_NAME, "its fingerprint is not that of the images, labels and splits"))
-    problems += [*_check_counts(manifest), *_check_foreign_tars(manifest)]
+    problems += [*_check_counts(manifest), *check_foreign_tars(manifest.directory, manifest.shards)]
     return VerifyReport(
         directory=manifest.directory, images=len(manifest), shards=len(manifest.shards), problems=tuple(problems)
     )
@@ -118,7 +119,7 @@ def _check_shard(task: _Task, tick: Callable[[], object]) -> _Checked:
     try:
         if not path.is_file():
             return _Checked([Problem(info.name, "missing")], b"")
-        things = _check_file(path, info)
+        things = check_file(path, info)
     except OSError as error:
         things = [f"cannot be read ({error.strerror})"]
     if len(row_S) != info.num_samples:
@@ -135,7 +136,8 @@ def _check_shard(task: _Task, tick: Callable[[], object]) -> _Checked:
     return _Checked([Problem(info.name, thing) for thing in things], b"".join(pixels))
 
 
-def _check_file(path: Path, info: ShardInfo) -> list[str]:
+def check_file(path: Path, info: ShardInfo) -> list[str]:
+    """What is wrong with the size or the checksum of a tar."""
     size = path.stat().st_size
     if size != info.num_bytes:
         return [f"{'truncated' if size < info.num_bytes else 'too long'}: {size} bytes instead of {info.num_bytes}"]
@@ -186,11 +188,11 @@ def _leaves(counts: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{name} {key}".strip())
 
 
-def _check_foreign_tars(manifest: Manifest) -> list[Problem]:
-    """Tars that a loader with a wildcard would read, though they are not part of what was packed."""
-    named = {shard.name for shard in manifest.shards}
+def check_foreign_tars(directory: Path, shards: Sequence[ShardInfo]) -> list[Problem]:
+    """Tars that a loader with a wildcard would read, though they are not part of what was written."""
+    named = {shard.name for shard in shards}
     try:
-        present = sorted(path.name for path in manifest.directory.iterdir() if path.suffix == ".tar")
+        present = sorted(path.name for path in directory.iterdir() if path.suffix == ".tar")
     except OSError as error:
         return [Problem(".", f"the folder cannot be listed ({error.strerror})")]
     return [Problem(name, "is not named by manifest.json") for name in present if name not in named]

@@ -16,7 +16,7 @@ from msmil.detection.heatmap import map_names, maps
 from msmil.detection.localisation import PeakHits
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest, pointed
 from msmil.engine.pictures import map_figures
-from msmil.engine.pipeline import Pipeline, build_network, open_pipeline
+from msmil.engine.pipeline import Pipeline, build_network, open_pipeline, with_encoder_of
 from msmil.engine.predict import forward_batches, predict
 from msmil.engine.run import check_data
 from msmil.engine.run_folder import RunFolder
@@ -145,7 +145,7 @@ def open_evaluation(
         first = " ".join(str(error).split())[:300]
         raise UserError(f"does not fit images of {pipeline.image_hw}: {first}", file=checkpoint, fix=fix) from None
     log.info("evaluating %s (epoch %d, step %d)", checkpoint, saved.state.epoch, saved.state.step)
-    return Evaluation(pipeline, folder, network.to(runtime.device))
+    return Evaluation(with_encoder_of(pipeline, network), folder, network.to(runtime.device))
 
 
 def _open_converted(pipeline: Pipeline, folder: RunFolder, network: MILModel) -> Evaluation:
@@ -194,6 +194,7 @@ def localise(evaluation: Evaluation, split: str, offsets: CellOffsets) -> dict[s
     names = map_names(network.scales, attention=network.has_attention, instance=instance)
     hits = PeakHits(pipeline.labels, names)
     for batch, bag, output in forward_batches(pipeline, network, rows_M, instance_logits=instance, what="locating"):
+        assert batch.image_B1HW is not None
         breast_BHW = breast_masks(batch.image_B1HW).to(runtime.device)
         boxes = [manifest.record(int(row)).boxes for row in batch.sample_B]
         hits.add(maps(output, bag, breast_BHW, offsets).named(), breast_BHW, boxes)

@@ -58,6 +58,7 @@ def _map_rows(
     for batch, bag, output in forward_batches(
         pipeline, network, rows_M, instance_logits=instance, what=f"maps of {label}"
     ):
+        assert batch.image_B1HW is not None
         breast_BHW = breast_masks(batch.image_B1HW)
         found = maps(output, bag, breast_BHW.to(output.logit_BK.device), offsets).named()
         for b, row in enumerate(batch.sample_B):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +12,16 @@ from msmil.bags.build import BagMaker
 from msmil.bags.tiling import padded_size, tile_hw, tile_origins
 from msmil.config import Config
 from msmil.config_checks import tile_sizes
+from msmil.engine.features import check_encoder, choose_levels, open_features
 from msmil.engine.runtime import Runtime
 from msmil.models.build import build_model
 from msmil.models.mil import MILModel
+from msmil.types import Bag
 from shards.errors import UserError
+from shards.features import Features
 from shards.folds import with_fold
 from shards.manifest import Manifest, check_shards, read_manifest
+from shards.types import Batch
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Pipeline:
     runtime: Runtime
     manifest: Manifest
     bags: BagMaker
+    features: Features | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -42,6 +48,21 @@ class Pipeline:
     def tile_hw(self) -> tuple[int, int]:
         """Height and width of a tile in pixels; the padded image's in `image` mode."""
         return tile_hw(padded_size(*self.image_hw, self.config.bags), self.config.bags)
+
+    def bag(self, batch: Batch, *, epoch: int | None) -> Bag | None:
+        """The bags of a batch on the device, None where it holds no images; augmented in an `epoch` of training."""
+        if batch.image_B1HW is None:
+            return None
+        image_B1HW = to_device(batch.image_B1HW, self.runtime.device)
+        return self.bags(image_B1HW, augment=None if epoch is None else (epoch, batch.sample_B))
+
+    def model_input(self, batch: Batch, bag: Bag | None) -> dict[str, Any]:
+        """What the network is called on: stored features where the batch has them (as float32), else tiles."""
+        if batch.levels is None:
+            assert bag is not None
+            return {"tiles_BNCPP": bag.tiles_BNCPP}
+        levels = {level: to_device(x, self.runtime.device).float() for level, x in batch.levels.items()}
+        return {"tiles_BNCPP": None, "levels": levels}
 
 
 def open_data(config: Config) -> Manifest:
@@ -63,10 +84,25 @@ def open_data(config: Config) -> Manifest:
 
 
 def open_pipeline(config: Config, runtime: Runtime) -> Pipeline:
-    """The data set and the bag maker of a configuration."""
+    """The data set, with its features where they are named, and the bag maker of a configuration."""
     sizes = tile_sizes(config.model)
     bags = BagMaker(config.bags, in_channels=config.model.in_channels, seed=config.seed, sizes=sizes)
-    return Pipeline(config=config, runtime=runtime, manifest=open_data(config), bags=bags)
+    manifest = open_data(config)
+    features = open_features(config, manifest)
+    return Pipeline(config=config, runtime=runtime, manifest=manifest, bags=bags, features=features)
+
+
+def with_encoder_of(pipeline: Pipeline, network: MILModel) -> Pipeline:
+    """The same pipeline with the levels of its features that the network needs, if it has features.
+
+    Raises:
+        UserError: the features are not of this network's encoder.
+    """
+    if pipeline.features is None:
+        return pipeline
+    features = choose_levels(pipeline.features, network)
+    check_encoder(features, pipeline.config.model, network)
+    return replace(pipeline, features=features)
 
 
 def build_network(config: Config, image_hw: tuple[int, int], *, pretrained: bool) -> MILModel:

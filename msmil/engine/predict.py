@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from msmil.engine.pipeline import Pipeline, known_labels, to_device
+from msmil.engine.pipeline import Pipeline, known_labels
 from msmil.types import Bag, BagOutput, Prediction
 from shards.errors import UserError
 from shards.plan import evaluation_span
@@ -47,7 +47,20 @@ def predict(pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows
 def forward_batches(
     pipeline: Pipeline, module: nn.Module, rows_M: np.ndarray, *, instance_logits: bool, what: str
 ) -> Iterator[tuple[Batch, Bag, BagOutput]]:
-    """Run the module in eval mode over these rows; the batch stays on the host, bag and output are on the device."""
+    """Run the module in eval mode over these rows; the batch stays on the host, bag and output are on the device.
+
+    The batch holds images whether or not the module is called on stored features.
+    """
+    for batch, bag, output in _forward(
+        pipeline, module, rows_M, images=True, instance_logits=instance_logits, what=what
+    ):
+        assert bag is not None
+        yield batch, bag, output
+
+
+def _forward(
+    pipeline: Pipeline, module: nn.Module, rows_M: np.ndarray, *, images: bool, instance_logits: bool, what: str
+) -> Iterator[tuple[Batch, Bag | None, BagOutput]]:
     config, runtime = pipeline.config, pipeline.runtime
     stream = evaluation_stream(
         pipeline.manifest,
@@ -57,6 +70,8 @@ def forward_batches(
         workers=config.data.workers,
         prefetch_batches=config.data.prefetch_batches,
         pin_memory=runtime.device.type == "cuda",
+        features=pipeline.features,
+        images=images,
     )
     with (
         eval_mode(module),
@@ -64,9 +79,9 @@ def forward_batches(
         progress(len(rows_M), what, "images", quiet=not runtime.is_main) as bar,
     ):
         for batch in stream:
-            bag = pipeline.bags(to_device(batch.image_B1HW, runtime.device), augment=None)
+            bag = pipeline.bag(batch, epoch=None)
             with runtime.autocast():
-                output: BagOutput = module(bag.tiles_BNCPP, instance_logits=instance_logits)
+                output: BagOutput = module(**pipeline.model_input(batch, bag), instance_logits=instance_logits)
             yield batch, bag, output
             bar.update(len(batch.sample_B))
 
@@ -87,7 +102,8 @@ def _predict_span(pipeline: Pipeline, module: nn.Module, rows_N: np.ndarray) -> 
     span = evaluation_span(len(rows_N), pipeline.runtime.world, pipeline.runtime.rank)
     rows_M = rows_N[span.start : span.stop]
     probability, scale_probability, scale_weight = [], [], []
-    for _, _, output in forward_batches(pipeline, module, rows_M, instance_logits=False, what="predicting"):
+    images = pipeline.features is None
+    for _, _, output in _forward(pipeline, module, rows_M, images=images, instance_logits=False, what="predicting"):
         probability.append(output.logit_BK.float().sigmoid().cpu().numpy())
         if output.scale_logit_SBK is not None:
             scale_probability.append(output.scale_logit_SBK.float().sigmoid().transpose(0, 1).cpu().numpy())

@@ -9,6 +9,7 @@ import torch
 
 from msmil.config import Config
 from msmil.engine.checkpoint import newest
+from msmil.engine.features import choose_levels, open_features
 from msmil.engine.pipeline import build_network, open_data
 from msmil.engine.run_folder import RunFolder, nearest_folder
 from msmil.engine.runtime import gpu_in_use, refuse_environment, refuse_on_cpu
@@ -36,6 +37,8 @@ def check_experiment(config: Config, world: int) -> Manifest:
     check_splits(config, manifest)
     with torch.device("meta"):
         network = build_network(config, (manifest.height_px, manifest.width_px), pretrained=False)
+    if (features := open_features(config, manifest)) is not None:
+        choose_levels(features, network)
     set_trainable(network, config.train.trainable_blocks)
     if config.train.gradient_checkpointing:
         set_gradient_checkpointing(network)

@@ -17,7 +17,7 @@ from msmil.config_io import dump_config
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest
 from msmil.engine.losses import BagLoss, auto_pos_weight
 from msmil.engine.optim import build_ema
-from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline
+from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
 from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.seeding import seed_everything
@@ -65,6 +65,7 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     ema = build_ema(network, config.train.ema_decay)
     run = Run(pipeline, folder, network, ema, make_loss(pipeline), schedule, fresh_state(pipeline), {}, None, None)
     resume(run)
+    run.pipeline = with_encoder_of(pipeline, network)
     if runtime.is_main:
         run.tracker = Tracker(folder.tensorboard, start_step=run.state.step, total_steps=schedule.total_steps)
         run.tracker.text("configuration", dump_config(config))

@@ -124,11 +124,10 @@ class Stepper:
 
     def _forward(self, batch: Batch, *, epoch: int, step: int, micro: int) -> LossParts:
         config, device = self.pipeline.config, self.pipeline.runtime.device
-        image_B1HW = to_device(batch.image_B1HW, device)
-        bag = self.pipeline.bags(image_B1HW, augment=(epoch, batch.sample_B))
+        model_input = self.pipeline.model_input(batch, self.pipeline.bag(batch, epoch=epoch))
         seed_micro_step(config.seed, step, micro, self.pipeline.runtime.rank)
         output = self._called(
-            bag.tiles_BNCPP,
+            **model_input,
             uniform_mix=self.schedule.uniform_mix(step),
             instance_logits=config.loss.instance_weight > 0,
             composite_shares=config.loss.top_fractions if config.loss.composite_weight > 0 else (),

@@ -143,6 +143,7 @@ def open_stream(run: Run, epoch: int) -> Iterator[Batch]:
             workers=config.data.workers,
             prefetch_batches=config.data.prefetch_batches,
             pin_memory=runtime.device.type == "cuda",
+            features=run.pipeline.features,
         )
     )
 

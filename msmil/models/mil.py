@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from msmil.models.attention import LabelLinear
 from msmil.models.backbone import Backbone
 from msmil.models.branch import Asked, BranchOutput, ScaleBranch
-from msmil.models.instances import Instances, TileMask, Tiles, check_tiles, pooled_instances, pyramid_instances
+from msmil.models.instances import (
+    Encoded,
+    Instances,
+    TileMask,
+    Tiles,
+    check_levels,
+    check_tiles,
+    encode_maps,
+    encode_pooled,
+    mask_of,
+    pyramid_instances,
+    stored,
+)
 from msmil.models.nested import RegionMIL, nested_forward
 from msmil.models.pooling import MaxPooling
 from msmil.models.pyramid import FeaturePyramid
@@ -86,6 +98,14 @@ class MILModel(nn.Module):
         return tuple(int(scale) for scale in self.branches)
 
     @property
+    def levels(self) -> dict[int, int]:
+        """What `encode` gives, {level: channels}: by stride of the backbone's maps, or by tile size in pixels."""
+        channels = self.backbone.channels
+        if self.pyramid is None:
+            return dict.fromkeys(self.scales, channels[-1])
+        return dict(zip(self.backbone.strides, channels, strict=True))
+
+    @property
     def judges_instances(self) -> bool:
         """Whether instance and composite logits can be asked for: there is a head that judges a single instance."""
         heads = self.layout == "single" or all(branch.head is not None for branch in self.branches.values())
@@ -99,9 +119,10 @@ class MILModel(nn.Module):
 
     def forward(
         self,
-        tiles_BNCPP: Tiles,
+        tiles_BNCPP: Tiles | None,
         mask_BN: TileMask | None = None,
         *,
+        levels: Mapping[int, Tensor] | None = None,
         uniform_mix: float = 0.0,
         instance_logits: bool = False,
         composite_shares: Sequence[float] = (),
@@ -110,7 +131,8 @@ class MILModel(nn.Module):
 
         Args:
             tiles_BNCPP: normalised tiles; one whole image has N = 1 and its own height and width for P x P. A model of
-                several tile sizes takes {size: tiles}.
+                several tile sizes takes {size: tiles}. None where `levels` are given.
+            levels: what `encode` made of the tiles before, {level: [B, N, ...]}.
             mask_BN: True for real tiles (by size, where the tiles are). Padded ones are not encoded, get no weight, and
                 have score and instance logit -inf, so a padded bag gives what the unpadded one gives.
             uniform_mix: share of uniform attention mixed into every pooling, 0..1.
@@ -122,8 +144,9 @@ class MILModel(nn.Module):
                 uniform attention where max pooling has none.
         """
         asked = Asked(uniform_mix, instance_logits, composite_shares)
-        self._check(tiles_BNCPP, mask_BN, asked)
-        outputs = {s: self._branch(s, part, asked) for s, part in self._instances(tiles_BNCPP, mask_BN).items()}
+        self._check(tiles_BNCPP, mask_BN, levels, asked)
+        encoded = self.encode(tiles_BNCPP, mask_BN) if levels is None else stored(levels, list(self.levels), mask_BN)
+        outputs = {s: self._branch(s, part, asked) for s, part in self._instances(encoded).items()}
         side = [out.logit_BK for out in outputs.values() if out.logit_BK is not None]
         logit_SBK = torch.stack(side) if side else None
         merged = self._merge(outputs, logit_SBK)
@@ -141,15 +164,22 @@ class MILModel(nn.Module):
             scales=self.scales,
         )
 
-    def _instances(self, tiles: Tiles, mask: TileMask | None) -> dict[int, Instances]:
-        """{scale: its instances}; one call of the backbone, or one per tile size."""
-        if isinstance(tiles, Tensor):
-            assert mask is None or isinstance(mask, Tensor)
-            if self.pyramid is not None:
-                return pyramid_instances(self.backbone, self.pyramid, tiles, mask)
-            return {self.scales[0]: pooled_instances(self.backbone, tiles, mask)}
-        assert not isinstance(mask, Tensor)
-        return {s: pooled_instances(self.backbone, tiles[s], None if mask is None else mask[s]) for s in self.scales}
+    def encode(self, tiles: Tiles | None, mask: TileMask | None = None) -> dict[int, Encoded]:
+        """What the backbone makes of the tiles, by level: maps, or one vector per tile where tiles are the instances.
+
+        One call of the backbone, or one per tile size. All else that the model does starts from here.
+        """
+        assert tiles is not None, "the model is called on tiles or on levels"
+        if self.pyramid is not None:
+            assert isinstance(tiles, Tensor)
+            return encode_maps(self.backbone, tiles, mask_of(mask, None))
+        by_size = {self.scales[0]: tiles} if isinstance(tiles, Tensor) else tiles
+        return {size: encode_pooled(self.backbone, by_size[size], mask_of(mask, size)) for size in self.scales}
+
+    def _instances(self, encoded: Mapping[int, Encoded]) -> dict[int, Instances]:
+        if self.pyramid is not None:
+            return pyramid_instances(self.pyramid, [encoded[stride] for stride in self.backbone.strides])
+        return {size: tiles.instances(tiles.x_MX[:, None]) for size, tiles in encoded.items()}
 
     def _branch(self, scale: int, instances: Instances, asked: Asked) -> BranchOutput:
         branch: ScaleBranch = self.branches[str(scale)]  # type: ignore[assignment]
@@ -177,8 +207,14 @@ class MILModel(nn.Module):
     def _expand(self, x_BKX: Tensor) -> Tensor:
         return x_BKX.expand(-1, self.num_labels, *(-1,) * (x_BKX.dim() - 2))
 
-    def _check(self, tiles: Tiles, mask: TileMask | None, asked: Asked) -> None:
-        check_tiles(tiles, mask, in_channels=self.in_channels, sizes=self.scales if self.layout == "sizes" else None)
+    def _check(
+        self, tiles: Tiles | None, mask: TileMask | None, levels: Mapping[int, Tensor] | None, asked: Asked
+    ) -> None:
+        if levels is not None:
+            check_levels(levels, mask, self.levels, maps=self.pyramid is not None)
+        else:
+            sizes = self.scales if self.layout == "sizes" else None
+            check_tiles(tiles, mask, in_channels=self.in_channels, sizes=sizes)
         if (asked.instance_logits or asked.composite_shares) and not self.judges_instances:
             raise UserError(
                 "logits of instances were asked of a model that has no heads per scale, or pools regions",

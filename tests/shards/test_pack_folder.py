@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from shards.errors import UserError
-from shards.pack import _locked
+from shards.manifest import WORK_FOLDER
 from shards.recipes import MammoClip
 from shards.splits import Validation
+from shards.work import locked
 from tests.archives import (
     GroupedArchive,
     contents,
@@ -66,7 +67,10 @@ class TestFolder:
         assert not (tmp_path / ".packing").exists()
 
     def test_two_packs_do_not_share_a_folder(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:
-        with _locked(tmp_path / "out"), pytest.raises(UserError, match="another process packs into this folder"):
+        with (
+            locked(tmp_path / "out" / WORK_FOLDER, verb="packs"),
+            pytest.raises(UserError, match="another process packs into this folder"),
+        ):
             pack_grouped(tiny_archive, tmp_path / "out")
 
     def test_a_folder_that_cannot_be_made(self, tiny_archive: GroupedArchive, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import reader as reader_module
+from shards import members as members_module
 from shards.errors import UserError
 from shards.manifest import Manifest, read_manifest
 from shards.pack import pack
@@ -133,7 +133,7 @@ def test_files_are_opened_when_needed_and_closed_at_the_end(manifest):
 
 
 def test_no_more_files_stay_open_than_allowed(manifest, monkeypatch):
-    monkeypatch.setattr(reader_module, "_MAX_OPEN", 2)
+    monkeypatch.setattr(members_module, "MAX_OPEN", 2)
     with ShardReader(manifest) as reader:
         for row in range(len(manifest)):
             reader.read(row)
