@@ -95,16 +95,12 @@ def test_abmil_has_the_published_number_of_parameters() -> None:
     ("config", "count"),
     [
         (SETTRANS, 12_580_743),
-        (SETTRANS_CONCAT, 12_515_334),
         (replace(ABMIL, scale_aggregator="concatenation"), 8_900_745),
         (replace(ABMIL, nested=True), 9_097_867),
-        (replace(SETTRANS, nested=True), 13_894_279),
-        (replace(ABMIL, instance_encoder="single", scales=(256,), deep_supervision=False), 7_359_108),
         (replace(SETTRANS, instance_encoder="single", scales=(256,), deep_supervision=False), 8_604_931),
     ],
-    ids=["settrans", "settrans-concatenation", "abmil-concatenation", "nested-abmil", "nested-settrans", "single-abmil",
-         "single-settrans"],
-)  # fmt: skip
+    ids=["settrans", "abmil-concatenation", "nested-abmil", "single-settrans"],
+)
 def test_variants_have_the_published_number_of_parameters(config: ModelConfig, count: int) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in build(config).parameters()) == count
