@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shards.errors import UserError
+from msmil.config_checks import check_model
+from msmil.config_checks import require as _require
 
 
 def opt(default: Any, doc: str) -> Any:
@@ -54,7 +55,9 @@ class BagConfig:
     instances: Literal["image", "tiles"] = opt(
         "image", "one fully convolutional pass over the image, or tiles (published)"
     )
-    tile_size_px: int = opt(512, "side of a tile in pixels (instances: tiles)")
+    tile_size_px: int = opt(
+        512, "side of a tile in pixels (instances: tiles); for msp and single, the image is padded to a multiple of it"
+    )
     tile_overlap: float = opt(0.0, "share of a tile that the next one repeats, 0 <= x < 1 (instances: tiles)")
     pad_multiple_px: int = opt(128, "image is padded with black up to a multiple of this (instances: image)")
     mean: float = opt(0.3089279, "mean subtracted from intensities in 0..1")
@@ -66,7 +69,7 @@ class BagConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Backbone -> FPN -> MIL per scale -> scale aggregation."""
+    """Backbone -> instances of each scale -> MIL per scale -> scale aggregation."""
 
     backbone: str = opt("efficientnet_b2", "a timm model that supports features_only; mammoclip_b2, mammoclip_b5")
     weights: str = opt("", "folder with weights to start from, as `msmil convert` writes it; empty: none")
@@ -74,9 +77,21 @@ class ModelConfig:
     pretrained: bool = opt(False, "start from timm's pretrained weights (needs the hub or its cache)")
     in_channels: Literal[1, 3] = opt(1, "channels of the backbone's input; 3 repeats the grey image")
     drop_path_rate: float = opt(0.0, "stochastic depth of the backbone, largest rate")
-    instance_encoder: Literal["fpn"] = opt("fpn", "how instances of several scales are made")
-    scales: tuple[int, ...] = opt((16, 32, 128), "strides of the scales; beyond the backbone's last: subsampled")
+    instance_encoder: Literal["fpn", "backbone_pyramid", "msp", "single"] = opt(
+        "fpn", "instances: cells of a top-down pyramid, of a lateral one, tiles of several sizes, or of a single size"
+    )
+    scales: tuple[int, ...] = opt(
+        (16, 32, 128), "strides (beyond the backbone's last: subsampled); tile sizes in pixels for msp and single"
+    )
     fpn_dim: int = opt(256, "channels of the pyramid")
+    upsample: Literal["nearest", "bilinear"] = opt("nearest", "fpn: how a coarser level is brought to a finer size")
+    pyramid_norm: bool = opt(False, "one GroupNorm behind all of the pyramid's convolutions, which then have no bias")
+    nested: bool = opt(False, "MIL inside each tile, then over the tiles (regions), with pyramids")
+    region_mil_encoder: Literal["same", "mlp", "sab", "isab"] = opt("same", "nested: encoder of regions, all scales")
+    region_pooling: Literal["same", "max", "mean", "attention", "gated_attention", "pma"] = opt(
+        "same", "nested: regions -> embedding per label"
+    )
+    region_inducing_points: Literal["auto"] | int = opt("auto", "nested, isab over regions: its inducing points")
     mil_encoder: Literal["mlp", "sab", "isab"] = opt("mlp", "encoder of instances, one per scale")
     encoder_dim: int = opt(256, "width of encoded instances")
     encoder_dropout: float = opt(0.0, "dropout in the mlp encoder")
@@ -84,13 +99,20 @@ class ModelConfig:
     encoder_heads: int = opt(4, "attention heads of sab and isab")
     encoder_layer_norm: bool = opt(False, "layer norm in sab, isab and pma")
     inducing_points: Literal["auto"] | tuple[int, ...] = opt("auto", "isab: per scale; auto: 10 log10(instances)")
-    pooling: Literal["attention", "gated_attention", "pma"] = opt("gated_attention", "instances -> embedding per label")
+    pooling: Literal["max", "mean", "attention", "gated_attention", "pma"] = opt(
+        "gated_attention", "instances -> embedding per label"
+    )
+    probability: Literal["softmax", "sparsemax", "entmax15", "entmax_alpha"] = opt(
+        "softmax", "attention scores -> weights of instances; entmax_alpha learns its alpha"
+    )
     attention_dim: int = opt(128, "hidden width of attention pooling and of the scale attention")
     attention_dropout: float = opt(0.0, "dropout inside attention pooling and the scale attention")
     pma_heads: int = opt(1, "attention heads of pma")
     attention: Literal["per_label", "shared"] = opt("per_label", "each label has its own attention, or all share one")
-    scale_aggregator: Literal["gated_attention"] = opt("gated_attention", "how scales are merged")
-    deep_supervision: bool = opt(True, "a head and a loss per scale")
+    scale_aggregator: Literal["concatenation", "mean_p", "max_p", "attention", "gated_attention"] = opt(
+        "gated_attention", "how scales are merged: embeddings, or their heads' probabilities (_p); single has one"
+    )
+    deep_supervision: bool = opt(True, "a head and a loss per scale; single has one head")
     classifier_dropout: float = opt(0.0, "dropout before every classifier")
 
 
@@ -189,22 +211,11 @@ class Config:
         _check(self)
 
 
-def _require(ok: bool, key: str, value: object, fix: str) -> None:
-    if not ok:
-        raise UserError(f"{key} is {value!r}", fix=fix)
-
-
 def _check(config: Config) -> None:
     """Refuse what types cannot tell: ranges and settings that exclude each other."""
     _check_ranges(config)
-    model, train, bags, data = config.model, config.train, config.bags, config.data
-    scales = model.scales
-    _require(
-        len(scales) > 0 and list(scales) == sorted(set(scales)) and all(s > 0 and s & (s - 1) == 0 for s in scales),
-        "model.scales",
-        list(scales),
-        "give powers of two in ascending order, for example [16, 32, 128]",
-    )
+    train, data = config.train, config.data
+    check_model(config)
     _require(len(data.labels) > 0, "data.labels", list(data.labels), "name at least one label of the manifest")
     _require(len(set(data.labels)) == len(data.labels), "data.labels", list(data.labels), "name each label once")
     if isinstance(config.loss.pos_weight, tuple):
@@ -213,20 +224,6 @@ def _check(config: Config) -> None:
         _require(
             len(weights) == len(data.labels) and all(w > 0 for w in weights), "loss.pos_weight", list(weights), fix
         )
-    if isinstance(model.inducing_points, tuple):
-        fix = f"give one positive number per scale of {list(scales)}, or auto"
-        points = model.inducing_points
-        _require(len(points) == len(scales) and min(points) > 0, "model.inducing_points", list(points), fix)
-    if bags.instances == "image":
-        fix = f"make it a multiple of the coarsest stride, {max(scales)}"
-        _require(bags.pad_multiple_px % max(scales) == 0, "bags.pad_multiple_px", bags.pad_multiple_px, fix)
-    else:
-        fix = f"make it a multiple of the coarsest stride, {max(scales)}"
-        _require(bags.tile_size_px % max(scales) == 0, "bags.tile_size_px", bags.tile_size_px, fix)
-    for key, weight in (("instance", config.loss.instance_weight), ("composite", config.loss.composite_weight)):
-        fix = "set model.deep_supervision: true, since the heads of the scales judge instances"
-        off = model.deep_supervision or weight == 0
-        _require(off, f"model.deep_supervision (with loss.{key}_weight)", False, fix)
     if train.gradient_checkpointing:
         fix = "set train.batch_norm: frozen, since recomputed activations would move the statistics twice"
         _require(train.batch_norm == "frozen", "train.batch_norm (with gradient_checkpointing)", train.batch_norm, fix)
@@ -234,9 +231,6 @@ def _check(config: Config) -> None:
         fix = "set data.last_batch: drop, since the repeated images of a padded batch would move the statistics"
         key = "data.last_batch (where statistics move)"
         _require(data.last_batch == "drop", key, data.last_batch, fix)
-    if model.mil_encoder != "mlp":
-        fix = "set model.encoder_dropout: 0, since only the mlp encoder has a dropout"
-        _require(model.encoder_dropout == 0, "model.encoder_dropout", model.encoder_dropout, fix)
     fix = "the warm-up must not outlast the run"
     _require(config.optim.warmup_epochs <= train.epochs, "optim.warmup_epochs", config.optim.warmup_epochs, fix)
     if train.encoder == "frozen":

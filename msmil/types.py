@@ -16,30 +16,40 @@ if TYPE_CHECKING:
 class Bag:
     """What a model is called on, made on the device from an image batch.
 
-    tiles_BNCPP: float32; in `image` mode N is 1 and P x P is the padded H x W.
-    origin_N2: int64 (x, y) of each tile's corner in the padded image.
+    tiles_BNCPP: float32; in `image` mode N is 1 and P x P is the padded H x W. With several tile sizes (msp)
+        {size in px: tiles}.
+    origin_N2: int64 (x, y) of each tile's corner in the padded image, likewise by size.
     pad_left_B, pad_top_B: int64 black pixels put before the image, so that padded = stored + pad.
     padded_hw: height and width of the padded image in pixels.
     """
 
-    tiles_BNCPP: Tensor
-    origin_N2: Tensor
+    tiles_BNCPP: Tensor | dict[int, Tensor]
+    origin_N2: Tensor | dict[int, Tensor]
     pad_left_B: Tensor
     pad_top_B: Tensor
     padded_hw: tuple[int, int]
+
+    def of_scale(self, scale: int) -> tuple[Tensor, Tensor]:
+        """Tiles and corners that a scale's instances come from."""
+        tiles, origin = self.tiles_BNCPP, self.origin_N2
+        return tiles[scale] if isinstance(tiles, dict) else tiles, origin[scale] if isinstance(origin, dict) else origin
 
 
 @dataclass(slots=True)
 class BagOutput:
     """Everything a model computes for a batch of bags.
 
-    A scale is keyed by its stride; instances of a scale are ordered (tile, y, x), row-major.
+    A scale is keyed by its stride, or by its tile size in px where an instance is a tile; instances of a scale are
+    ordered (tile, y, x), row-major.
 
     logit_BK: of the aggregated probability; scale_logit_SBK: side heads (deep supervision);
-    attention: {scale: weight_BKI}, sums to 1 over I; score: {scale: raw_BKI} before the probability map;
+    attention: {scale: weight_BKI}, sums to 1 over I; score: {scale: raw_BKI} before the probability map. Poolings
+    without attention (mean, max) have neither. Nested MIL pools regions (its tiles): there I is N;
     instance_logit: {scale: raw_BKI}, the scale's head on single instances, when asked for;
-    scale_weight_BKS: sums to 1 over S;
-    composite_logit: {scale: logit_BKT}, the scale's head on composite instances, one per asked share, T in all.
+    scale_weight_BKS: sums to 1 over S; None for max_p and a single scale;
+    composite_logit: {scale: logit_BKT}, the scale's head on composite instances, one per asked share, T in all;
+    inner_attention: {scale: weight_BKNI} of nested MIL, sums to 1 over the I instances of each real region, else 0;
+    scales: all of them, in the order of S.
     """
 
     logit_BK: Tensor
@@ -49,6 +59,8 @@ class BagOutput:
     instance_logit: dict[int, Tensor] | None
     scale_weight_BKS: Tensor | None
     composite_logit: dict[int, Tensor] | None = None
+    inner_attention: dict[int, Tensor] | None = None
+    scales: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,14 @@ class BagMaker:
         config: how images become instances.
         in_channels: channels of the backbone's input; 3 repeats the grey image.
         seed: of the augmentation.
+        sizes: tile sizes in pixels where an instance is a tile (see `make_bag`).
     """
 
-    def __init__(self, config: BagConfig, *, in_channels: int, seed: int) -> None:
+    def __init__(
+        self, config: BagConfig, *, in_channels: int, seed: int, sizes: int | tuple[int, ...] | None = None
+    ) -> None:
         self.config = config
+        self.sizes = sizes
         self.in_channels = in_channels
         self.seed = seed
 
@@ -45,4 +49,4 @@ class BagMaker:
                 x_B1HW = local_contrast(x_B1HW, gain=config.local_contrast, sigma_px=config.local_contrast_sigma_px)
             x_B1HW = standardise(x_B1HW, mean=config.mean, std=config.std)
             black = standard_black(config.mean, config.std)
-            return make_bag(x_B1HW, config, in_channels=self.in_channels, black=black)
+            return make_bag(x_B1HW, config, in_channels=self.in_channels, black=black, sizes=self.sizes)

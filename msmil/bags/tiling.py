@@ -1,5 +1,8 @@
 """Padding with black and cutting into tiles, on the device, without a loop over images or tiles.
 
+Tiles of the bags' own size (`bags.tile_size_px`) lie fully inside the padded image. Tiles that are instances themselves
+(`sizes`: one size, or several for msp) start everywhere on their grid, and what leaves the image is black.
+
 B bags, H W pixels, N tiles, C channels, P tile side.
 """
 
@@ -39,27 +42,65 @@ def tile_origins(padded_hw: tuple[int, int], config: BagConfig) -> Tensor:
     return torch.stack([grid_x_YX.flatten(), grid_y_YX.flatten()], dim=1)
 
 
-def make_bag(x_B1HW: Tensor, config: BagConfig, *, in_channels: int, black: float) -> Bag:
+def window_origins(padded_hw: tuple[int, int], side_px: int, overlap: float) -> Tensor:
+    """(x, y) of the corner of every tile of a size, int64 [N, 2], sorted by y, then x.
+
+    They start at 0, step, 2 step.. as long as the corner is inside, with step = P - int(P * overlap); the last may
+    leave the image (method of Mourao et al., MICCAI 2025, single-scale and multi-scale patches).
+    """
+    step = _step_px(side_px, overlap)
+    y_Y, x_X = torch.arange(0, padded_hw[0], step), torch.arange(0, padded_hw[1], step)
+    grid_y_YX, grid_x_YX = torch.meshgrid(y_Y, x_X, indexing="ij")
+    return torch.stack([grid_x_YX.flatten(), grid_y_YX.flatten()], dim=1)
+
+
+def make_bag(
+    x_B1HW: Tensor,
+    config: BagConfig,
+    *,
+    in_channels: int,
+    black: float,
+    sizes: int | tuple[int, ...] | None = None,
+) -> Bag:
     """Pad standardised float32 images with `black` and cut them as `config` says.
+
+    Args:
+        sizes: tile sizes in pixels where an instance is a tile; several give a bag of tiles by size.
 
     Three channels are the one grey channel expanded, not copied.
     """
-    height, width = x_B1HW.shape[2:]
-    padded_hw = padded_size(height, width, config)
+    padded_hw = padded_size(x_B1HW.shape[2], x_B1HW.shape[3], config)
     padded_B1HW, pad_left_B, pad_top_B = pad_with_black(x_B1HW, padded_hw, black=black)
+    place = (pad_left_B, pad_top_B, padded_hw)
+
+    def cut(side_px: int) -> tuple[Tensor, Tensor]:
+        tiles_BN1PP = _windows(padded_B1HW, side_px, config.tile_overlap, black=black)
+        origin_N2 = window_origins(padded_hw, side_px, config.tile_overlap).to(x_B1HW.device)
+        return tiles_BN1PP.expand(-1, -1, in_channels, -1, -1), origin_N2
+
+    if isinstance(sizes, tuple):
+        cuts = {side_px: cut(side_px) for side_px in sizes}
+        return Bag({s: tiles for s, (tiles, _) in cuts.items()}, {s: at for s, (_, at) in cuts.items()}, *place)
+    if sizes is not None:
+        return Bag(*cut(sizes), *place)
     if config.instances == "tiles":
-        side, step = config.tile_size_px, _step(config)
-        tiles_BYXPP = padded_B1HW[:, 0].unfold(1, side, step).unfold(2, side, step)
-        tiles_BN1PP = tiles_BYXPP.flatten(1, 2).unsqueeze(2)
+        tiles_BN1PP = _unfold(padded_B1HW, config.tile_size_px, _step(config))
     else:
         tiles_BN1PP = padded_B1HW.unsqueeze(1)
-    return Bag(
-        tiles_BNCPP=tiles_BN1PP.expand(-1, -1, in_channels, -1, -1),
-        origin_N2=tile_origins(padded_hw, config).to(x_B1HW.device),
-        pad_left_B=pad_left_B,
-        pad_top_B=pad_top_B,
-        padded_hw=padded_hw,
-    )
+    origin_N2 = tile_origins(padded_hw, config).to(x_B1HW.device)
+    return Bag(tiles_BN1PP.expand(-1, -1, in_channels, -1, -1), origin_N2, *place)
+
+
+def _windows(padded_B1HW: Tensor, side_px: int, overlap: float, *, black: float) -> Tensor:
+    """Every tile of a size, with black where it leaves the image: [B, N, 1, P, P]."""
+    step = _step_px(side_px, overlap)
+    over = [(-(-length // step) - 1) * step + side_px - length for length in padded_B1HW.shape[2:]]
+    padded_B1HW = F.pad(padded_B1HW, (0, max(0, over[1]), 0, max(0, over[0])), value=black)
+    return _unfold(padded_B1HW, side_px, step)
+
+
+def _unfold(image_B1HW: Tensor, side_px: int, step: int) -> Tensor:
+    return image_B1HW[:, 0].unfold(1, side_px, step).unfold(2, side_px, step).flatten(1, 2).unsqueeze(2)
 
 
 def pad_with_black(x_B1HW: Tensor, padded_hw: tuple[int, int], *, black: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,4 +130,8 @@ def _first_half_smaller(profile_BL: Tensor) -> Tensor:
 
 
 def _step(config: BagConfig) -> int:
-    return config.tile_size_px - int(config.tile_size_px * config.tile_overlap)
+    return _step_px(config.tile_size_px, config.tile_overlap)
+
+
+def _step_px(side_px: int, overlap: float) -> int:
+    return side_px - int(side_px * overlap)

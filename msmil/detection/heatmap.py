@@ -6,6 +6,9 @@ scale (one cell is stride x stride pixels of the padded image).
 A cell's value belongs to the point that the cell looks at: (i + 0.5) * stride + d for cell i, where the offset d is
 the network's (`msmil.models.centres`). Pixel y of the padded image, whose centre is y + 0.5, then lies at
 (y + 0.5 - d) / stride - 0.5 on the grid of cells.
+
+Where a tile has one value (a scale is a tile size, or regions have weights and their instances have none), it fills the
+tile's square.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ MERGED: Final = "merged"
 class Maps:
     """Maps of a batch in stored pixels, float32 [B, K, H, W].
 
-    attention: {stride: weight of the instance at that pixel}; instance: {stride: logit of the scale's head on that
-    instance}, empty where the model was not asked for it; merged_BKHW: 0..1, 0 outside the breast (see `maps`).
+    attention: {scale: weight of the instance at that pixel (nested: times its region's)}; instance: {scale: logit of
+    the scale's head on that instance}, empty where the model was not asked for it; merged_BKHW: 0..1, 0 outside the
+    breast (see `maps`). A scale is a stride or a tile size.
     """
 
     attention: dict[int, Tensor]
@@ -71,15 +75,15 @@ def maps(output: BagOutput, bag: Bag, breast_BHW: Tensor, offsets: Mapping[int, 
 
     Raises UserError where the output holds neither attention nor instance logits.
     """
-    if not output.attention and not output.instance_logit:
+    if not output.attention and not output.inner_attention and not output.instance_logit:
         fix = "use a pooling with attention, or ask the model for instance logits"
         raise UserError("the model returned neither attention nor instance logits: there is no map", fix=fix)
     attention, instance = (
         {
             stride: _in_image(value_BKI, stride, bag, breast_BHW, offsets[stride])
-            for stride, value_BKI in (by_stride or {}).items()
+            for stride, value_BKI in by_stride.items()
         }
-        for by_stride in (output.attention, output.instance_logit)
+        for by_stride in (instance_weights(output), output.instance_logit or {})
     )
     strides = list(attention or instance)
     weight_BKS = output.scale_weight_BKS
@@ -96,14 +100,27 @@ def maps(output: BagOutput, bag: Bag, breast_BHW: Tensor, offsets: Mapping[int, 
     return Maps(attention, instance, merged_BKHW)
 
 
+def instance_weights(output: BagOutput) -> dict[int, Tensor]:
+    """{scale: weight_BKI}, empty without attention.
+
+    Nested: an instance's weight in its region times the region's (FPN-MIL, nested maps); where only one of the two
+    levels has attention, it alone tells.
+    """
+    regions, inner = output.attention or {}, output.inner_attention
+    if inner is None:
+        return regions
+    if not regions:
+        return {scale: weight_BKNI.flatten(2) / weight_BKNI.shape[2] for scale, weight_BKNI in inner.items()}
+    return {scale: (weight_BKNI * regions[scale][..., None]).flatten(2) for scale, weight_BKNI in inner.items()}
+
+
 def _in_image(value_BKI: Tensor, stride: int, bag: Bag, breast_BHW: Tensor, offset_yx: tuple[float, float]) -> Tensor:
-    map_BKhw = stitch(
-        value_BKI,
-        origin_N2=bag.origin_N2,
-        tile_hw=(bag.tiles_BNCPP.shape[-2], bag.tiles_BNCPP.shape[-1]),
-        stride=stride,
-        padded_hw=bag.padded_hw,
-    )
+    tiles_BNCPP, origin_N2 = bag.of_scale(stride)
+    tile_hw = (tiles_BNCPP.shape[-2], tiles_BNCPP.shape[-1])
+    if value_BKI.shape[2] == len(origin_N2):
+        square_BKHW = fill_squares(value_BKI, origin_N2=origin_N2, tile_hw=tile_hw, padded_hw=bag.padded_hw)
+        return _cut_padding(square_BKHW, bag, (breast_BHW.shape[1], breast_BHW.shape[2]))
+    map_BKhw = stitch(value_BKI, origin_N2=origin_N2, tile_hw=tile_hw, stride=stride, padded_hw=bag.padded_hw)
     return to_image(
         map_BKhw,
         padded_hw=bag.padded_hw,
@@ -112,6 +129,41 @@ def _in_image(value_BKI: Tensor, stride: int, bag: Bag, breast_BHW: Tensor, offs
         image_hw=(breast_BHW.shape[1], breast_BHW.shape[2]),
         offset_yx=offset_yx,
     )
+
+
+def fill_squares(
+    value_BKN: Tensor, *, origin_N2: Tensor, tile_hw: tuple[int, int], padded_hw: tuple[int, int]
+) -> Tensor:
+    """One value per tile on all of its pixels, float32 [B, K, padded H, padded W]; the mean where tiles overlap.
+
+    A tile may leave the image. Pixels that no tile covers get the lowest value of their map. The sums over tiles come
+    from the differences at the corners of their squares, without a loop.
+    """
+    height, width = padded_hw
+    origin_N2 = origin_N2.to(value_BKN.device)
+    x_N, y_N = origin_N2[:, 0], origin_N2[:, 1]
+    right_N, below_N = (x_N + tile_hw[1]).clamp(max=width), (y_N + tile_hw[0]).clamp(max=height)
+    ones_11N = value_BKN.new_ones((1, 1, len(origin_N2)), dtype=torch.float64)
+    sums = []
+    for exact in (value_BKN.double(), ones_11N):
+        corner = exact.new_zeros((*exact.shape[:2], (height + 1) * (width + 1)))
+        for sign, row_N, column_N in ((1, y_N, x_N), (-1, y_N, right_N), (-1, below_N, x_N), (1, below_N, right_N)):
+            corner.index_add_(2, row_N * (width + 1) + column_N, sign * exact)
+        sums.append(corner.unflatten(2, (height + 1, width + 1)).cumsum(2).cumsum(3)[:, :, :-1, :-1])
+    total_BKHW, count_11HW = sums[0], sums[1].round()
+    mean_BKHW = total_BKHW / count_11HW.clamp(min=1)
+    return torch.where(count_11HW > 0, mean_BKHW, value_BKN.double().amin(2)[:, :, None, None]).float()
+
+
+def _cut_padding(map_BKHW: Tensor, bag: Bag, image_hw: tuple[int, int]) -> Tensor:
+    """The stored image's part of a map in pixels of the padded one."""
+    device = map_BKHW.device
+    y_BH = bag.pad_top_B.to(device)[:, None] + torch.arange(image_hw[0], device=device)
+    x_BW = bag.pad_left_B.to(device)[:, None] + torch.arange(image_hw[1], device=device)
+    b_B111, k_1K11 = (torch.arange(n, device=device) for n in map_BKHW.shape[:2])
+    return map_BKHW[
+        b_B111[:, None, None, None], k_1K11[None, :, None, None], y_BH[:, None, :, None], x_BW[:, None, None]
+    ]
 
 
 def stitch(

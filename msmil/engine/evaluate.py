@@ -80,7 +80,7 @@ def evaluate(
     results["data_fingerprint"] = pipeline.manifest.fingerprint
     results["other_data_than_trained_on"] = other_data
     offsets = cell_centres(evaluation.network, evaluation.pipeline.tile_hw)
-    results["localisation"] = localise(evaluation, split, offsets)
+    results["localisation"] = localise(evaluation, split, offsets) if _has_maps(evaluation.network) else None
     runtime.on_main(lambda: _write(evaluation, split, predictions, results, offsets))
     return results
 
@@ -156,6 +156,14 @@ def _predict(evaluation: Evaluation, split: str) -> list[Prediction]:
     return predict(evaluation.pipeline, evaluation.network, evaluation.network.scales, rows)
 
 
+def _has_maps(network: MILModel) -> bool:
+    """Whether a network says where it looks; if not, the log says so."""
+    if network.has_attention or network.judges_instances:
+        return True
+    log.warning("this model has no maps (no attention, no head that judges instances): nothing is located")
+    return False
+
+
 def localise(evaluation: Evaluation, split: str, offsets: CellOffsets) -> dict[str, Any]:
     """How often the peak of each map lies in a box, over the split's images that have one."""
     pipeline, network = evaluation.pipeline, evaluation.network
@@ -163,11 +171,10 @@ def localise(evaluation: Evaluation, split: str, offsets: CellOffsets) -> dict[s
     rows_N = rows_with_boxes(pipeline, split)
     span = evaluation_span(len(rows_N), runtime.world, runtime.rank)
     rows_M = rows_N[span.start : span.stop]
-    hits = PeakHits(pipeline.labels, map_names(network.scales, instance=network.deep_supervision))
-    what = "locating"
-    for batch, bag, output in forward_batches(
-        pipeline, network, rows_M, instance_logits=network.deep_supervision, what=what
-    ):
+    instance = network.judges_instances
+    names = map_names(network.scales, attention=network.has_attention, instance=instance)
+    hits = PeakHits(pipeline.labels, names)
+    for batch, bag, output in forward_batches(pipeline, network, rows_M, instance_logits=instance, what="locating"):
         breast_BHW = breast_masks(batch.image_B1HW).to(runtime.device)
         boxes = [manifest.record(int(row)).boxes for row in batch.sample_B]
         hits.add(maps(output, bag, breast_BHW, offsets).named(), breast_BHW, boxes)
@@ -215,5 +222,7 @@ def _figures(
         confidence=settings.confidence,
         seed=pipeline.config.seed,
     ).items()
-    rows_N = rows_with_boxes(pipeline, split)
-    yield from map_figures(pipeline, network, rows_N, predictions, instance=network.deep_supervision, offsets=offsets)
+    if results["localisation"] is not None:
+        rows_N = rows_with_boxes(pipeline, split)
+        instance = network.judges_instances
+        yield from map_figures(pipeline, network, rows_N, predictions, instance=instance, offsets=offsets)

@@ -23,8 +23,9 @@ from shards.types import UNKNOWN
 class LossParts:
     """A loss and what it is made of. Each is this micro-batch's share: sums over micro-batches and ranks are means.
 
-    total: scalar to differentiate, aggregated + sum of per_scale + weights * auxiliary.
-    aggregated: scalar. per_scale: {stride: scalar}, empty without deep supervision.
+    total: scalar to differentiate, aggregated + sum of per_scale + weights * auxiliary; without the aggregated term
+        where it has no head of its own.
+    aggregated: scalar. per_scale: {scale: scalar}, empty without deep supervision.
     auxiliary: {"instance" or "composite": scalar before its weight}, those that are on. per_label_K: total by label.
     """
 
@@ -43,16 +44,27 @@ class BagLoss(nn.Module):
     over the top share of positions, C_s that of the logit of the composite instance; both are averaged over the
     configured shares. Computed in at least fp32.
 
+    Where the aggregated logit is that of the scales' probabilities (mean_p, max_p) its term is reported, and left out
+    of the sum (FPN-MIL: these aggregators train the scales' heads alone).
+
     Args:
         config: the loss section.
         pos_weight_K: factor of the positive term, one per label.
+        fused_head: the aggregated logit comes from a head of its own.
     """
 
     pos_weight_K: Tensor
 
-    def __init__(self, config: LossConfig, pos_weight_K: np.ndarray | Tensor | Sequence[float]) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        pos_weight_K: np.ndarray | Tensor | Sequence[float],
+        *,
+        fused_head: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.fused_head = fused_head
         self.register_buffer("pos_weight_K", torch.as_tensor(pos_weight_K, dtype=torch.float32), persistent=False)
 
     def forward(self, output: BagOutput, label_BK: Tensor, weight_B: Tensor, *, global_count: float) -> LossParts:
@@ -70,11 +82,10 @@ class BagLoss(nn.Module):
             return self._bce(logit_BK, label_BK, weight_BK)
 
         aggregated_K = bce(output.logit_BK)
-        total_K = aggregated_K
+        total_K = aggregated_K if self.fused_head else torch.zeros_like(aggregated_K)
         per_scale: dict[int, Tensor] = {}
         if output.scale_logit_SBK is not None:
-            assert output.attention is not None, "the strides of the scales are the keys of the attention"
-            for scale, logit_BK in zip(output.attention, output.scale_logit_SBK, strict=True):
+            for scale, logit_BK in zip(output.scales, output.scale_logit_SBK, strict=True):
                 scale_K = bce(logit_BK)
                 per_scale[scale] = scale_K.detach().sum()
                 total_K = total_K + scale_K

@@ -33,7 +33,7 @@ def map_figures(
     Args:
         rows_N: rows of the manifest with boxes.
         predictions: of their split.
-        instance: the network has heads per scale, and so maps of instance logits.
+        instance: the network judges instances, and so has maps of their logits.
         offsets: of the cells' true centres, in pixels by stride (`cell_centres`).
     """
     probability = {p.image_id: p.probability for p in predictions}

@@ -10,6 +10,7 @@ import torch
 from msmil.bags.build import BagMaker
 from msmil.bags.tiling import padded_size, tile_hw, tile_origins
 from msmil.config import Config
+from msmil.config_checks import tile_sizes
 from msmil.engine.runtime import Runtime
 from msmil.models.build import build_model
 from msmil.models.mil import MILModel
@@ -59,7 +60,8 @@ def open_data(config: Config) -> Manifest:
 
 def open_pipeline(config: Config, runtime: Runtime) -> Pipeline:
     """The data set and the bag maker of a configuration."""
-    bags = BagMaker(config.bags, in_channels=config.model.in_channels, seed=config.seed)
+    sizes = tile_sizes(config.model)
+    bags = BagMaker(config.bags, in_channels=config.model.in_channels, seed=config.seed, sizes=sizes)
     return Pipeline(config=config, runtime=runtime, manifest=open_data(config), bags=bags)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from msmil.config import Config
+from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest
 from msmil.engine.losses import BagLoss, auto_pos_weight
@@ -127,7 +128,8 @@ def make_loss(pipeline: Pipeline) -> BagLoss:
         weight_K = np.ones(len(labels)) if chosen == "none" else np.asarray(chosen)
     text = ", ".join(f"{label} {weight:.4g}" for label, weight in zip(labels, weight_K, strict=True))
     log.info("pos_weight: %s", text)
-    return BagLoss(config.loss, weight_K).to(pipeline.runtime.device)
+    loss = BagLoss(config.loss, weight_K, fused_head=has_fused_head(config.model))
+    return loss.to(pipeline.runtime.device)
 
 
 def fresh_state(pipeline: Pipeline) -> TrainState:

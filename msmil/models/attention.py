@@ -1,26 +1,15 @@
-"""Attention over instances and over scales.
+"""Parts of attention: a unit per label, hidden layers, masked scores and weights.
 
-Legend: B bags, I instances, S scales, D channels, K labels (1 where all labels share one attention).
+Legend: B bags, I instances, D channels, K labels (1 where all labels share one attention), X any axes.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-class Pooled(NamedTuple):
-    """What a pooling makes of a bag.
-
-    embedding_BKD; weight_BKI: attention, fp32, sums to 1 over I; score_BKI: before the softmax, -inf where masked.
-    """
-
-    embedding_BKD: Tensor
-    weight_BKI: Tensor
-    score_BKI: Tensor
+from msmil.models.probability import ProbabilityMap
 
 
 class LabelLinear(nn.Linear):
@@ -67,52 +56,6 @@ class GatedHidden(nn.Module):
         return self.dropout(torch.tanh(self.value(x_XD))) * self.dropout(torch.sigmoid(self.gate(x_XD)))  # type: ignore[no-any-return]
 
 
-class AttentionPooling(nn.Module):
-    """h_k = sum_i a_ki z_i with a_k = softmax_i(w_k . hidden(z_i) + b_k); the labels share the hidden layer.
-
-    Args:
-        dim: width of an instance.
-        hidden_dim: width of the hidden layer.
-        labels: how many attentions.
-        gated: gated hidden layer, or plain.
-        dropout: in the hidden layer.
-    """
-
-    def __init__(self, *, dim: int, hidden_dim: int, labels: int, gated: bool, dropout: float) -> None:
-        super().__init__()
-        self.hidden = (GatedHidden if gated else TanhHidden)(dim, hidden_dim, dropout)
-        self.score = LabelLinear(hidden_dim, labels)
-
-    def forward(self, z_BID: Tensor, mask_BI: Tensor | None, uniform_mix: float) -> Pooled:
-        """Pool each bag. `mask_BI` is True for real instances; for `uniform_mix` see `attention_weight`."""
-        score_BKI = masked_score(self.score(self.hidden(z_BID)).transpose(1, 2), mask_BI)
-        weight_BKI = attention_weight(score_BKI, mask_BI, uniform_mix)
-        return Pooled(torch.bmm(weight_BKI.to(z_BID.dtype), z_BID), weight_BKI, score_BKI)
-
-    def instance_logit(self, z_BID: Tensor, head: LabelLinear) -> Tensor:
-        """The head on bags of one instance each, whose embedding is that instance: [B, K, I]."""
-        logit_BIK: Tensor = head(z_BID)
-        return logit_BIK.transpose(1, 2)
-
-
-class ScaleAttention(nn.Module):
-    """Gated attention over the scales' embeddings, per label (FPN-MIL, section "Scale aggregation").
-
-    g_k = sum_s b_ks h_sk with b_k = softmax_s(w_k . hidden(h_sk) + c_k).
-    """
-
-    def __init__(self, *, dim: int, hidden_dim: int, labels: int, dropout: float) -> None:
-        super().__init__()
-        self.hidden = GatedHidden(dim, hidden_dim, dropout)
-        self.score = LabelLinear(hidden_dim, labels)
-
-    def forward(self, embedding_BSKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of the scales -> merged embedding [B, K, D] and scale weights [B, K, S]."""
-        score_BSK = self.score.own(self.hidden(embedding_BSKD))
-        weight_BKS = attention_weight(score_BSK.transpose(1, 2), None, 0.0)
-        return torch.einsum("bks,bskd->bkd", weight_BKS.to(embedding_BSKD.dtype), embedding_BSKD), weight_BKS
-
-
 def masked_score(score_BXI: Tensor, mask_BI: Tensor | None) -> Tensor:
     """Scores in at least fp32, -inf where the instance is padding."""
     score_BXI = score_BXI.to(torch.promote_types(score_BXI.dtype, torch.float32))
@@ -121,9 +64,11 @@ def masked_score(score_BXI: Tensor, mask_BI: Tensor | None) -> Tensor:
     return score_BXI.masked_fill(~_over(mask_BI, score_BXI), float("-inf"))
 
 
-def attention_weight(score_BXI: Tensor, mask_BI: Tensor | None, uniform_mix: float) -> Tensor:
-    """(1 - m) softmax(score) + m / n over the n real instances, m = `uniform_mix`; in the scores' precision."""
-    weight_BXI = torch.softmax(score_BXI, dim=-1)
+def attention_weight(
+    score_BXI: Tensor, mask_BI: Tensor | None, uniform_mix: float, probability: ProbabilityMap
+) -> Tensor:
+    """(1 - m) p(score) + m / n over the n real instances, m = `uniform_mix`; in the scores' precision."""
+    weight_BXI: Tensor = probability(score_BXI)
     if uniform_mix == 0.0:
         return weight_BXI
     if mask_BI is None:

@@ -104,7 +104,7 @@ class HasBackbone(Protocol):
 def build_backbone(
     name: str,
     *,
-    scales: Sequence[int],
+    scales: Sequence[int] | None,
     in_channels: int,
     tile_hw: tuple[int, int],
     pretrained: bool = False,
@@ -116,7 +116,8 @@ def build_backbone(
     Beside timm's names, `mammoclip_b2` and `mammoclip_b5` are the published encoders (see msmil.models.mammoclip).
 
     Args:
-        scales: wanted strides, ascending; those beyond the backbone's coarsest are left to the pyramid.
+        scales: wanted strides, ascending; those beyond the backbone's coarsest are left to the pyramid. None: the
+            coarsest map alone, for pooling, where a tile need not be a multiple of its stride.
         in_channels: channels of the input.
         tile_hw: height and width in pixels of what it will be called on.
         pretrained: load timm's weights.
@@ -141,7 +142,11 @@ def build_backbone(
     arguments = {"features_only": True, "in_chans": in_channels, **own, **(options or {})}
     with torch.device("meta"):
         probe, arguments = _with_drop_path(timm_name, arguments, drop_path_rate)
-    indices = _level_indices(name, probe.feature_info, scales)
+    info: Any = probe.feature_info
+    if scales is None:
+        scales = (last := max(info.reduction()),)
+        tile_hw = (-(-tile_hw[0] // last) * last, -(-tile_hw[1] // last) * last)
+    indices = _level_indices(name, info, scales)
     net = _create(timm_name, {**arguments, "out_indices": indices}, pretrained=pretrained)
     if published is not None:
         published.apply_padding(net)

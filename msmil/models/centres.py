@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from msmil.models.mil import MILModel
+from msmil.models.pyramid import FeaturePyramid
 
 CellOffsets = Mapping[int, tuple[float, float]]
 """{stride: (dy, dx)}: pixels from (i + 0.5) * stride to the point that cell i looks at."""
@@ -38,16 +39,20 @@ def cell_centres(network: MILModel, tile_hw: tuple[int, int]) -> dict[int, tuple
     the pixels around it. Where finer cells lie differently within a coarser one (the pyramid's nearest upsampling),
     this is the mean over them. The same weights give the same offsets on one kind of device.
 
+    Where an instance is a tile it stands for all of its square: its offset is 0.
+
     A scale beyond the pyramid's coarsest map takes every k-th cell of that map: its offset follows exactly, as
     offset_last - (stride - stride_last) / 2.
     """
+    if network.pyramid is None:
+        return dict.fromkeys(network.scales, (0.0, 0.0))
     strides = network.pyramid.strides
     last = strides[-1]
     energies: dict[int, list[_Energy]] = {stride: [] for stride in strides}
     with torch.inference_mode(False), torch.enable_grad(), _evaluating(network):
-        probe_hw = _probe_hw(network, tile_hw)
+        probe_hw = _probe_hw(network, network.pyramid, tile_hw)
         for probe in range(_PROBES):
-            for stride, energy in _energies(network, probe_hw, probe):
+            for stride, energy in _energies(network, network.pyramid, probe_hw, probe):
                 energies[stride].append(energy)
     offsets = {stride: _centroid(energies[stride], stride, _WINDOW_CELLS * last) for stride in strides}
     dy, dx = offsets[last]
@@ -63,9 +68,9 @@ class _Energy(NamedTuple):
     cell_yx: tuple[int, int]
 
 
-def _probe_hw(network: MILModel, tile_hw: tuple[int, int]) -> tuple[int, int]:
+def _probe_hw(network: MILModel, pyramid: FeaturePyramid, tile_hw: tuple[int, int]) -> tuple[int, int]:
     """Small, or as large as the tiles where the backbone takes only these (window attention, position embeddings)."""
-    side = _PROBE_CELLS * network.pyramid.strides[-1]
+    side = _PROBE_CELLS * pyramid.strides[-1]
     image_1CHW = torch.zeros(1, network.in_channels, side, side, device=next(network.parameters()).device)
     try:
         with torch.no_grad():
@@ -75,12 +80,14 @@ def _probe_hw(network: MILModel, tile_hw: tuple[int, int]) -> tuple[int, int]:
     return side, side
 
 
-def _energies(network: MILModel, probe_hw: tuple[int, int], probe: int) -> Iterator[tuple[int, _Energy]]:
+def _energies(
+    network: MILModel, pyramid: FeaturePyramid, probe_hw: tuple[int, int], probe: int
+) -> Iterator[tuple[int, _Energy]]:
     """Per stride the energy of one of the cells that fill the central cell of the coarsest map."""
-    device, last = next(network.parameters()).device, network.pyramid.strides[-1]
+    device, last = next(network.parameters()).device, pyramid.strides[-1]
     image_1CHW = _noise((1, network.in_channels, *probe_hw), device, seed=probe).requires_grad_()
-    levels = network.pyramid(network.backbone(image_1CHW))
-    for stride in network.pyramid.strides:
+    levels = pyramid(network.backbone(image_1CHW))
+    for stride in pyramid.strides:
         map_Dhw = levels[stride][0]
         count = last // stride
         within = probe % count if count <= _PROBES else probe * count // _PROBES

@@ -1,110 +1,54 @@
 """Multi-scale attention MIL: bags of tiles -> logits, attention, scale weights.
 
-Legend: B bags, N tiles, M tiles of all bags, C channels, P tile side, I instances of one scale, S scales,
-D channels, K labels (1 inside the model where all labels share one attention), T top shares, h w size of a map.
+Legend: B bags, N tiles, C channels, P tile side, I instances of one scale, S scales, D channels, K labels (1 inside
+the model where all labels share one attention), T top shares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from msmil.models.attention import AttentionPooling, LabelLinear, Pooled, ScaleAttention
+from msmil.models.attention import LabelLinear
 from msmil.models.backbone import Backbone
+from msmil.models.branch import Asked, BranchOutput, ScaleBranch
+from msmil.models.instances import Instances, TileMask, Tiles, check_tiles, pooled_instances, pyramid_instances
+from msmil.models.nested import RegionMIL, nested_forward
+from msmil.models.pooling import MaxPooling
 from msmil.models.pyramid import FeaturePyramid
-from msmil.models.set_transformer import ISAB, PMA, SAB
-from msmil.models.top import composite_instances
+from msmil.models.scales import (
+    Merged,
+    ScaleAttention,
+    merge_attention,
+    merge_concatenation,
+    merge_max_probability,
+    merge_mean_probability,
+)
 from msmil.types import BagOutput
 from shards.errors import UserError
 
-
-class MLPEncoder(nn.Module):
-    """Instance encoder Dropout(relu(W x + b))."""
-
-    def __init__(self, *, in_dim: int, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x_BID: Tensor, mask_BI: Tensor | None = None) -> Tensor:
-        """[B, I, in_dim] -> [B, I, D]; instances do not see each other, so the mask has nothing to do."""
-        return self.dropout(torch.relu(self.linear(x_BID)))  # type: ignore[no-any-return]
-
-
-class SetEncoder(nn.Module):
-    """Instance encoder of SAB or ISAB blocks."""
-
-    def __init__(self, blocks: list[SAB] | list[ISAB]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x_BID: Tensor, mask_BI: Tensor | None = None) -> Tensor:
-        """[B, I, in_dim] -> [B, I, D]."""
-        for block in self.blocks:
-            x_BID = block(x_BID, mask_BI)
-        return x_BID
-
-
-class BranchOutput(NamedTuple):
-    """What one scale makes of a bag; without a head there is the pooled bag alone.
-
-    instance_BKI: the head on single instances, -inf where masked; composite_BKT: on composite ones (T shares).
-    """
-
-    pooled: Pooled
-    logit_BK: Tensor | None
-    instance_BKI: Tensor | None
-    composite_BKT: Tensor | None
-
-
-class ScaleBranch(nn.Module):
-    """MIL of one scale: instance encoder, pooling per label and, with deep supervision, a head per label."""
-
-    def __init__(
-        self, *, encoder: MLPEncoder | SetEncoder, pooling: AttentionPooling | PMA, head: LabelLinear | None
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.pooling = pooling
-        self.head = head
-
-    def forward(
-        self,
-        x_BID: Tensor,
-        mask_BI: Tensor | None,
-        *,
-        uniform_mix: float,
-        instance_logits: bool,
-        composite_shares: Sequence[float],
-    ) -> BranchOutput:
-        """Pool the bag, and let the head judge it, its single instances and its composite ones."""
-        z_BID = self.encoder(x_BID, mask_BI)
-        pooled: Pooled = self.pooling(z_BID, mask_BI, uniform_mix)
-        if self.head is None:
-            return BranchOutput(pooled, None, None, None)
-        logit_BK = self.head.own(pooled.embedding_BKD)
-        instance_BKI = composite_BKT = None
-        if instance_logits:
-            instance_BKI = self.pooling.instance_logit(z_BID, self.head).to(logit_BK.dtype)
-            if mask_BI is not None:
-                instance_BKI = instance_BKI.masked_fill(~mask_BI[:, None], float("-inf"))
-        if composite_shares:
-            composite_BTD = composite_instances(z_BID, mask_BI, composite_shares)
-            composite_BKT = self.pooling.instance_logit(composite_BTD, self.head).to(logit_BK.dtype)
-        return BranchOutput(pooled, logit_BK, instance_BKI, composite_BKT)
+Layout = Literal["pyramid", "sizes", "single"]
+Aggregator = Literal["concatenation", "mean_p", "max_p", "attention", "gated_attention"]
 
 
 class MILModel(nn.Module):
-    """Backbone -> pyramid -> MIL per scale -> attention over scales -> classifier (FPN-MIL, MICCAI 2025).
+    """Backbone -> instances of each scale -> MIL per scale -> one logit per label (FPN-MIL, MICCAI 2025).
 
-    Per scale s and label k an embedding h_sk; side logit w_sk . h_sk + b_sk (deep supervision); merged embedding
-    g_k = sum_s b_ks h_sk; logit v_k . g_k + c_k. Remembers nothing: all it computes is in its BagOutput.
+    Per scale s and label k an embedding h_sk; side logit w_sk . h_sk + b_sk (deep supervision); the logit from the
+    embeddings or the side logits, as the aggregator says. Remembers nothing: all it computes is in its BagOutput.
 
     Args:
-        branches: the MIL part of each scale, by stride, finest first.
+        backbone: encoder of tiles.
+        pyramid: makes the scales of the tiles' maps; None where a scale is a tile size and an instance a tile.
+        branches: the MIL part of each scale, by stride or tile size.
+        region: pools the regions of nested MIL, else None.
+        scale_attention: for the aggregators attention and gated_attention.
+        classifier: of the merged embedding; mean_p and max_p have none.
+        aggregator: how scales are merged; a single scale is not.
+        layout: scales from a pyramid, tiles of several sizes, or tiles of a single size.
         in_channels: channels of a tile.
         num_labels: labels; the branches have as many attentions, or one that all share.
     """
@@ -113,37 +57,50 @@ class MILModel(nn.Module):
         self,
         *,
         backbone: Backbone,
-        pyramid: FeaturePyramid,
+        pyramid: FeaturePyramid | None,
         branches: Mapping[int, ScaleBranch],
-        scale_attention: ScaleAttention,
-        classifier: LabelLinear,
+        region: RegionMIL | None,
+        scale_attention: ScaleAttention | None,
+        classifier: LabelLinear | None,
+        aggregator: Aggregator,
+        layout: Layout,
         in_channels: int,
         num_labels: int,
     ) -> None:
         super().__init__()
-        assert tuple(branches) == pyramid.scales
+        assert (pyramid is not None) == (layout == "pyramid")
         self.backbone = backbone
         self.pyramid = pyramid
         self.branches = nn.ModuleDict({str(scale): branch for scale, branch in branches.items()})
+        self.region = region
         self.scale_attention = scale_attention
         self.classifier = classifier
+        self.aggregator = aggregator
+        self.layout = layout
         self.in_channels = in_channels
         self.num_labels = num_labels
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """Strides of the scales, ascending."""
-        return self.pyramid.scales
+        """Strides of the scales, or tile sizes in pixels, in the order of S."""
+        return tuple(int(scale) for scale in self.branches)
 
     @property
-    def deep_supervision(self) -> bool:
-        """Whether the scales have heads of their own."""
-        return all(branch.head is not None for branch in self.branches.values())
+    def judges_instances(self) -> bool:
+        """Whether instance and composite logits can be asked for: there is a head that judges a single instance."""
+        heads = self.layout == "single" or all(branch.head is not None for branch in self.branches.values())
+        return heads and self.region is None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the poolings give weights to instances, or to regions, and so a map."""
+        modules = [*self.branches.values(), *([] if self.region is None else [self.region])]
+        return any(hasattr(module.pooling, "probability") for module in modules)
 
     def forward(
         self,
-        tiles_BNCPP: Tensor,
-        mask_BN: Tensor | None = None,
+        tiles_BNCPP: Tiles,
+        mask_BN: TileMask | None = None,
         *,
         uniform_mix: float = 0.0,
         instance_logits: bool = False,
@@ -152,81 +109,86 @@ class MILModel(nn.Module):
         """Everything about a batch of bags.
 
         Args:
-            tiles_BNCPP: normalised tiles; one whole image has N = 1 and its own height and width for P x P.
-            mask_BN: True for real tiles. Padded ones are not encoded, get no weight, and have score and
-                instance logit -inf, so a padded bag gives what the unpadded one gives.
+            tiles_BNCPP: normalised tiles; one whole image has N = 1 and its own height and width for P x P. A model of
+                several tile sizes takes {size: tiles}.
+            mask_BN: True for real tiles (by size, where the tiles are). Padded ones are not encoded, get no weight, and
+                have score and instance logit -inf, so a padded bag gives what the unpadded one gives.
             uniform_mix: share of uniform attention mixed into every pooling, 0..1.
             instance_logits: also return each scale's head on its single instances.
             composite_shares: also return each scale's head on the composite instances of these top shares.
 
         Raises:
-            UserError: wrong shape, a bag without a real tile, instance logits of a model without scale heads.
+            UserError: wrong shape, a bag without a real tile, instance logits of a model that cannot judge instances,
+                uniform attention where max pooling has none.
         """
-        self._check_input(tiles_BNCPP, mask_BN, instance_logits or bool(composite_shares))
-        outputs: dict[int, BranchOutput] = {
-            scale: self.branches[str(scale)](
-                x_BID,
-                mask_BI,
-                uniform_mix=uniform_mix,
-                instance_logits=instance_logits,
-                composite_shares=composite_shares,
-            )
-            for scale, (x_BID, mask_BI) in self._instances(tiles_BNCPP, mask_BN).items()
-        }
-        embedding_BSKD = torch.stack([out.pooled.embedding_BKD for out in outputs.values()], dim=1)
-        merged_BKD, weight_BKS = self.scale_attention(embedding_BSKD)
-        logits = [out.logit_BK for out in outputs.values() if out.logit_BK is not None]
-        instance = {s: out.instance_BKI for s, out in outputs.items() if out.instance_BKI is not None}
-        composite = {s: out.composite_BKT for s, out in outputs.items() if out.composite_BKT is not None}
+        asked = Asked(uniform_mix, instance_logits, composite_shares)
+        self._check(tiles_BNCPP, mask_BN, asked)
+        outputs = {s: self._branch(s, part, asked) for s, part in self._instances(tiles_BNCPP, mask_BN).items()}
+        side = [out.logit_BK for out in outputs.values() if out.logit_BK is not None]
+        logit_SBK = torch.stack(side) if side else None
+        merged = self._merge(outputs, logit_SBK)
+        weights = {s: out.pooled.weight_BKI for s, out in outputs.items()}
+        scores = {s: out.pooled.score_BKI for s, out in outputs.items()}
         return BagOutput(
-            logit_BK=self.classifier.own(merged_BKD),
-            scale_logit_SBK=torch.stack(logits) if logits else None,
-            attention={s: self._over_labels(out.pooled.weight_BKI) for s, out in outputs.items()},
-            score={s: self._over_labels(out.pooled.score_BKI) for s, out in outputs.items()},
-            instance_logit=instance or None,
-            scale_weight_BKS=self._over_labels(weight_BKS),
-            composite_logit=composite or None,
+            logit_BK=merged.logit_BK,
+            scale_logit_SBK=None if self.layout == "single" else logit_SBK,
+            attention=self._over_labels(weights),
+            score=self._over_labels(scores),
+            instance_logit=_present({s: out.instance_BKI for s, out in outputs.items()}),
+            scale_weight_BKS=None if merged.weight_BKS is None else self._expand(merged.weight_BKS),
+            composite_logit=_present({s: out.composite_BKT for s, out in outputs.items()}),
+            inner_attention=self._over_labels({s: out.inner_BKNI for s, out in outputs.items()}),
+            scales=self.scales,
         )
 
-    def _instances(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None) -> dict[int, tuple[Tensor, Tensor | None]]:
-        """{scale: (instances in the order (tile, y, x), mask)}, zeros for the instances of padded tiles."""
-        B, N = tiles_BNCPP.shape[:2]
-        tiles_MCPP = tiles_BNCPP.flatten(0, 1)
-        real_M = None if mask_BN is None else mask_BN.flatten()
-        levels = self.pyramid(self.backbone(tiles_MCPP if real_M is None else tiles_MCPP[real_M]))
-        instances: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for scale, map_MDhw in levels.items():
-            x_MhwD = map_MDhw.permute(0, 2, 3, 1)
-            mask_BI = None
-            if real_M is not None and mask_BN is not None:
-                every = x_MhwD.new_zeros(B * N, *x_MhwD.shape[1:])
-                every[real_M] = x_MhwD
-                x_MhwD = every
-                mask_BI = mask_BN.repeat_interleave(x_MhwD.shape[1] * x_MhwD.shape[2], dim=1)
-            instances[scale] = (x_MhwD.reshape(B, -1, x_MhwD.shape[-1]), mask_BI)
-        return instances
+    def _instances(self, tiles: Tiles, mask: TileMask | None) -> dict[int, Instances]:
+        """{scale: its instances}; one call of the backbone, or one per tile size."""
+        if isinstance(tiles, Tensor):
+            assert mask is None or isinstance(mask, Tensor)
+            if self.pyramid is not None:
+                return pyramid_instances(self.backbone, self.pyramid, tiles, mask)
+            return {self.scales[0]: pooled_instances(self.backbone, tiles, mask)}
+        assert not isinstance(mask, Tensor)
+        return {s: pooled_instances(self.backbone, tiles[s], None if mask is None else mask[s]) for s in self.scales}
 
-    def _over_labels(self, x_BKX: Tensor) -> Tensor:
-        return x_BKX.expand(-1, self.num_labels, -1)
+    def _branch(self, scale: int, instances: Instances, asked: Asked) -> BranchOutput:
+        branch: ScaleBranch = self.branches[str(scale)]  # type: ignore[assignment]
+        if self.region is not None:
+            return nested_forward(branch, self.region, instances, asked)
+        head = self.classifier if self.layout == "single" else branch.head
+        return branch(instances, asked, head)  # type: ignore[no-any-return]
 
-    def _check_input(self, tiles_BNCPP: Tensor, mask_BN: Tensor | None, heads: bool) -> None:
-        shape = tuple(tiles_BNCPP.shape)
-        if len(shape) != 5 or shape[2] != self.in_channels:
+    def _merge(self, outputs: Mapping[int, BranchOutput], logit_SBK: Tensor | None) -> Merged:
+        if self.layout == "single":
+            assert logit_SBK is not None
+            return Merged(logit_SBK[0], None)
+        if self.aggregator in ("mean_p", "max_p"):
+            assert logit_SBK is not None
+            return (merge_mean_probability if self.aggregator == "mean_p" else merge_max_probability)(logit_SBK)
+        embedding_BSKD = torch.stack([out.pooled.embedding_BKD for out in outputs.values()], dim=1)
+        assert self.classifier is not None
+        if self.scale_attention is None:
+            return merge_concatenation(embedding_BSKD, self.classifier)
+        return merge_attention(embedding_BSKD, self.scale_attention, self.classifier)
+
+    def _over_labels(self, by_scale: Mapping[int, Tensor | None]) -> dict[int, Tensor] | None:
+        return _present({s: None if x is None else self._expand(x) for s, x in by_scale.items()})
+
+    def _expand(self, x_BKX: Tensor) -> Tensor:
+        return x_BKX.expand(-1, self.num_labels, *(-1,) * (x_BKX.dim() - 2))
+
+    def _check(self, tiles: Tiles, mask: TileMask | None, asked: Asked) -> None:
+        check_tiles(tiles, mask, in_channels=self.in_channels, sizes=self.scales if self.layout == "sizes" else None)
+        if (asked.instance_logits or asked.composite_shares) and not self.judges_instances:
             raise UserError(
-                f"the model was called on tiles of shape {shape}",
-                fix=f"give [bags, tiles, {self.in_channels}, height, width], as model.in_channels says",
+                "logits of instances were asked of a model that has no heads per scale, or pools regions",
+                fix="set model.deep_supervision: true and model.nested: false (and train it so), or ask for none",
             )
-        if mask_BN is not None:
-            if mask_BN.dtype != torch.bool or tuple(mask_BN.shape) != shape[:2]:
-                raise UserError(
-                    f"the tile mask has shape {tuple(mask_BN.shape)} and type {mask_BN.dtype}",
-                    fix=f"give booleans of shape {list(shape[:2])}, True for real tiles",
-                )
-            empty = (~mask_BN.any(dim=1)).nonzero().flatten().tolist()
-            if empty:
-                raise UserError(f"bags {empty} of the batch have no real tile", fix="leave such bags out of the batch")
-        if heads and not self.deep_supervision:
-            raise UserError(
-                "logits of instances were asked of a model that has no heads per scale",
-                fix="set model.deep_supervision: true (and train it so), or no loss on instances",
-            )
+        if asked.uniform_mix and any(isinstance(module, MaxPooling) for module in self.modules()):
+            fix = "set loss.uniform_attention_share: 0, or choose a pooling with attention"
+            raise UserError("uniform attention was asked of a model with max pooling, which has no attention", fix=fix)
+
+
+def _present(by_scale: Mapping[int, Tensor | None]) -> dict[int, Tensor] | None:
+    """What is there, or None."""
+    return {s: x for s, x in by_scale.items() if x is not None} or None

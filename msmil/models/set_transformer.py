@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from msmil.models.attention import LabelLinear, Pooled, attention_weight, masked_score
+from msmil.models.attention import LabelLinear, attention_weight, masked_score
+from msmil.models.pooling import Pooled, Pooling
+from msmil.models.probability import Probability, ProbabilityMap
 
 
 class MAB(nn.Module):
@@ -88,14 +90,17 @@ class ISAB(nn.Module):
         return self.mab1(x_BID, self.mab0(inducing_BMD, x_BID, mask_BI))  # type: ignore[no-any-return]
 
 
-class PMA(nn.Module):
+class PMA(Pooling):
     """Pooling by attention: MAB(S, Z) with one seed per label; the labels share the projections.
 
-    With several heads, weight and score are means over the heads.
+    With several heads, weight and score are means over the heads. `probability` maps the scores to weights.
     """
 
-    def __init__(self, *, dim: int, heads: int, layer_norm: bool, labels: int) -> None:
+    def __init__(
+        self, *, dim: int, heads: int, layer_norm: bool, labels: int, probability: Probability = "softmax"
+    ) -> None:
         super().__init__()
+        self.probability = ProbabilityMap(probability)
         self.seed_1KD = nn.Parameter(torch.empty(1, labels, dim))
         for k in range(labels):  # xavier's bound depends on the shape: give each seed that of a single one
             nn.init.xavier_uniform_(self.seed_1KD[:, k : k + 1])
@@ -107,7 +112,7 @@ class PMA(nn.Module):
         q_1KD = mab.fc_q(self.seed_1KD)
         k_BhId, v_BhId = mab.split(mab.fc_k(z_BID)), mab.split(mab.fc_v(z_BID))
         score_BhKI = masked_score(mab.split(q_1KD) @ k_BhId.transpose(-2, -1) * mab.scale, mask_BI)
-        weight_BhKI = attention_weight(score_BhKI, mask_BI, uniform_mix)
+        weight_BhKI = attention_weight(score_BhKI, mask_BI, uniform_mix, self.probability)
         embedding_BKD = mab.finish(q_1KD + mab.merge(weight_BhKI.to(v_BhId.dtype) @ v_BhId))
         return Pooled(embedding_BKD, weight_BhKI.mean(1), score_BhKI.mean(1))
 

@@ -54,6 +54,12 @@ def padded_image_HW() -> Tensor:
     return nn.functional.pad((image - MEAN) / STD, (0, 1024 - 912, 0, 1536 - 1520), value=(0 - MEAN) / STD)
 
 
+def full_bag() -> Tensor:
+    """The padded image as one bag of six tiles of 512 pixels, [1, 6, 3, 512, 512]."""
+    tiles_YXPP = padded_image_HW().unfold(0, 512, 512).unfold(1, 512, 512)
+    return tiles_YXPP.flatten(0, 1)[None, :, None].expand(-1, -1, 3, -1, -1)
+
+
 def tiny_bags() -> Tensor:
     """Two bags of three crops of 128 pixels, [2, 3, 3, 128, 128]."""
     image = padded_image_HW()
@@ -79,8 +85,9 @@ def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def our_key(key: str) -> str:
     """The published name of a parameter -> ours."""
-    if key.startswith("inst_encoder.backbone."):
-        return "backbone.net." + _encoder_key(key.removeprefix("inst_encoder.backbone."))
+    for prefix in ("inst_encoder.backbone.", "inst_encoder._"):
+        if key.startswith(prefix):
+            return "backbone.net." + _encoder_key(key.removeprefix(prefix.removesuffix("_")))
     for pattern, replacement in _RULES:
         key, changed = re.subn(pattern, replacement, key)
         if changed:
@@ -97,6 +104,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"^side_inst_aggregator\.encoders\.encoder_(\d+)\.0\.0\.", r"branches.\1.encoder.linear."),
     (r"^side_inst_aggregator\.encoders\.encoder_(\d+)\.", r"branches.\1.encoder.blocks."),
     (r"^side_inst_aggregator\.aggregators\.aggregator_(\d+)\.", r"branches.\1.pooling."),
+    (r"^encoder\.0\.0\.", "branches.256.encoder.linear."),
+    (r"^aggregator\.", "branches.256.pooling."),
+    (r"^region_aggregator\.encoder\.", "region.encoder.blocks."),
+    (r"^region_aggregator\.aggregator\.", "region.pooling."),
     (r"^side_classifiers\.classifier_(\d+)\.head_classifier\.", r"branches.\1.head."),
     (r"^scale_aggregator\.", "scale_attention."),
     (r"^classifier\.head_classifier\.", "classifier."),

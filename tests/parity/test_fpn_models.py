@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from msmil.config import ModelConfig
 from msmil.models.build import build_model
 from msmil.models.mil import MILModel
 from msmil.types import BagOutput
-from tests.parity.published import golden, our_state, pad_as_published, published_state, tiny_bags
+from tests.parity.published import full_bag, golden, our_state, pad_as_published, published_state, tiny_bags
 
 SCALES = (16, 32, 128)
 PUBLISHED_B2: dict[str, Any] = {"bn_eps": 1e-3, "bn_momentum": 0.01}
@@ -34,6 +35,8 @@ SETTRANS = ModelConfig(
     pooling="pma",
     attention_dropout=0.25,
 )
+
+SETTRANS_CONCAT = replace(SETTRANS, scale_aggregator="concatenation")
 
 
 def build(config: ModelConfig) -> MILModel:
@@ -65,31 +68,46 @@ def abmil(dtype: torch.dtype) -> tuple[BagOutput, dict[str, np.ndarray]]:
 
 
 @functools.cache
-def settrans() -> tuple[MILModel, dict[int, Tensor], BagOutput, dict[str, np.ndarray]]:
-    """The set transformer's encoder, pooling and heads; its scale aggregator (concatenation) is another one."""
-    model = build(SETTRANS)
+def settrans() -> tuple[MILModel, dict[str, np.ndarray]]:
+    model = build(SETTRANS_CONCAT)
     pad_as_published(model.backbone.net)
-    state = our_state(published_state("fpn_settrans_concat"))
-    kept = {key: value for key, value in state.items() if not key.startswith(("scale_attention.", "classifier."))}
-    report = model.load_state_dict(kept, strict=False)
-    assert not report.unexpected_keys
-    assert {key.split(".")[0] for key in report.missing_keys} == {"scale_attention", "classifier"}
+    model.load_state_dict(our_state(published_state("fpn_settrans_concat")), strict=True)
+    return model.eval(), golden("fpn_settrans_concat")
+
+
+@functools.cache
+def settrans_tiny() -> tuple[dict[int, Tensor], BagOutput, dict[str, np.ndarray]]:
+    model, array = settrans()
     embeddings: dict[int, Tensor] = {}
     for scale, branch in model.branches.items():
         branch.pooling.register_forward_hook(
             lambda _module, _inputs, pooled, scale=int(scale): embeddings.update({scale: pooled.embedding_BKD})
         )
     with torch.inference_mode():
-        output = model.eval()(tiny_bags())
-    return model, embeddings, output, golden("fpn_settrans_concat")
+        return embeddings, model(tiny_bags()), array
 
 
 def test_abmil_has_the_published_number_of_parameters() -> None:
     assert sum(p.numel() for p in build(ABMIL).parameters()) == 8_966_154
 
 
-def test_settrans_has_the_published_number_of_parameters() -> None:
-    assert sum(p.numel() for p in build(SETTRANS).parameters()) == 12_580_743
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (SETTRANS, 12_580_743),
+        (SETTRANS_CONCAT, 12_515_334),
+        (replace(ABMIL, scale_aggregator="concatenation"), 8_900_745),
+        (replace(ABMIL, nested=True), 9_097_867),
+        (replace(SETTRANS, nested=True), 13_894_279),
+        (replace(ABMIL, instance_encoder="single", scales=(256,), deep_supervision=False), 7_359_108),
+        (replace(SETTRANS, instance_encoder="single", scales=(256,), deep_supervision=False), 8_604_931),
+    ],
+    ids=["settrans", "settrans-concatenation", "abmil-concatenation", "nested-abmil", "nested-settrans", "single-abmil",
+         "single-settrans"],
+)  # fmt: skip
+def test_variants_have_the_published_number_of_parameters(config: ModelConfig, count: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(config).parameters()) == count
 
 
 def test_abmil_logits() -> None:
@@ -115,14 +133,31 @@ def test_abmil_in_double_precision() -> None:
 
 
 def test_settrans_branches() -> None:
-    _, _, output, array = settrans()
+    _, output, array = settrans_tiny()
     check_branches(output, array, tolerance=1e-4)
+
+
+def test_settrans_concatenation_logits() -> None:
+    _, output, array = settrans_tiny()
+    assert difference(output.logit_BK[:, 0], array["tiny/logits"]) <= 1e-4
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_settrans_embeddings(scale: int) -> None:
-    _, embeddings, _, array = settrans()
+    embeddings, _, array = settrans_tiny()
     assert difference(embeddings[scale][:, 0], array[f"tiny/bag_{scale}"]) <= 1e-4
+
+
+def test_concatenation_has_the_published_scale_weights() -> None:
+    """The published code computes them for one bag alone, so the whole image is needed."""
+    model, array = settrans()
+    with torch.inference_mode():
+        output = model(full_bag())
+    assert output.scale_weight_BKS is not None
+    assert difference(output.scale_weight_BKS[:, 0], array["full/scale_scores"].reshape(1, 3)) <= 1e-4
+    assert difference(output.logit_BK[:, 0], array["full/logits"]) <= 1e-4
+    for scale in SCALES:
+        assert difference(output.attention[scale][:, 0], array[f"full/scores_{scale}"]) <= 1e-6
 
 
 def test_finetuning_eight_blocks_trains_what_the_published_run_trains() -> None:

@@ -26,6 +26,7 @@ def output(*, deep_supervision: bool) -> BagOutput:
         score=None,
         instance_logit=None,
         scale_weight_BKS=None,
+        scales=tuple(attention),
     )
 
 

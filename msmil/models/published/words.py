@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,6 @@ from msmil.models.published.report import Report
 from shards.errors import UserError
 
 _UNSET = {"inducing_points": "auto", "region_inducing_points": "auto", "weights": "", "pretrained": False}
-_ONLY = {"upsample": "nearest", "probability": "softmax", "nested": False, "pyramid_norm": False}
-_KNOWN = {item.name for item in dataclasses.fields(ModelConfig)}
 
 
 def model_section(found: Architecture, config: Mapping[str, Any] | None, report: Report) -> ModelConfig:
@@ -44,11 +41,7 @@ def model_section(found: Architecture, config: Mapping[str, Any] | None, report:
     defaults = {word: values[0] for word, values in found.open.items()} | found.free
     report.assumed = {word: value for word, value in defaults.items() if word not in said}
     words = {**defaults, **said, **words}
-    return config_from_dict({"model": {word: _plain(v) for word, v in words.items() if _needed(word, v)}}).model
-
-
-def _needed(word: str, value: Any) -> bool:
-    return word in _KNOWN or _ONLY.get(word, ...) != value
+    return config_from_dict({"model": {word: _plain(v) for word, v in words.items()}}).model
 
 
 def _contradiction(source: str, word: str, said: object, keys: str) -> UserError:

@@ -34,6 +34,7 @@ def output(bags: int, labels: int = 2, *, seed: int = 0, instances: int = 20) ->
         instance_logit={s: random(bags, labels, instances) for s in SCALES},
         scale_weight_BKS=None,
         composite_logit={s: random(bags, labels, len(WITH_INSTANCES.top_fractions)) for s in SCALES},
+        scales=SCALES,
     )
 
 
@@ -182,7 +183,20 @@ def _bag(out: BagOutput, *rows: int) -> BagOutput:
         score=None,
         instance_logit={s: logit[index] for s, logit in out.instance_logit.items()},
         scale_weight_BKS=None,
+        scales=out.scales,
     )
+
+
+def test_without_a_head_of_its_own_the_aggregated_logit_is_reported_and_not_trained() -> None:
+    out, label = output(2), torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
+    fused, loss = (BagLoss(LossConfig(), [1.0, 1.0], fused_head=fused) for fused in (True, False))
+    parts = loss(out, label, torch.ones(2), global_count=4)
+    same = fused(out, label, torch.ones(2), global_count=4)
+    assert float(parts.aggregated) == float(same.aggregated)
+    assert parts.total.item() == pytest.approx(sum(float(part) for part in parts.per_scale.values()), rel=1e-6)
+    assert float(parts.per_label_K.sum()) == pytest.approx(parts.total.item(), rel=1e-6)
+    parts.total.backward()
+    assert out.logit_BK.grad is None or not out.logit_BK.grad.any()
 
 
 def test_it_is_computed_in_fp32_under_autocast() -> None:

@@ -3,13 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msmil.models.attention import (
-    AttentionPooling,
-    LabelLinear,
-    ScaleAttention,
-    attention_weight,
-    masked_score,
-)
+from msmil.models.attention import LabelLinear, attention_weight, masked_score
+from msmil.models.pooling import AttentionPooling
+from msmil.models.probability import ProbabilityMap
+from msmil.models.scales import ScaleAttention
+
+SOFTMAX = ProbabilityMap("softmax")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -62,7 +61,7 @@ class TestWeights:
     @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
     def test_uniform_attention_is_mixed_in_over_real_instances(self, share: float) -> None:
         score_BKI = masked_score(random(2, 3, 5), MASK_BI)
-        weight_BKI = attention_weight(score_BKI, MASK_BI, share)
+        weight_BKI = attention_weight(score_BKI, MASK_BI, share, SOFTMAX)
         softmax_BKI = torch.softmax(score_BKI, -1)
         uniform_BI = MASK_BI.double() / torch.tensor([[3.0], [4.0]])
         torch.testing.assert_close(weight_BKI, (1 - share) * softmax_BKI + share * uniform_BI[:, None])
@@ -70,7 +69,9 @@ class TestWeights:
 
     def test_mixing_without_a_mask_is_mixing_with_all_real(self) -> None:
         score_BKI, every_BI = random(2, 3, 5), torch.ones(2, 5, dtype=torch.bool)
-        torch.testing.assert_close(attention_weight(score_BKI, None, 0.4), attention_weight(score_BKI, every_BI, 0.4))
+        torch.testing.assert_close(
+            attention_weight(score_BKI, None, 0.4, SOFTMAX), attention_weight(score_BKI, every_BI, 0.4, SOFTMAX)
+        )
 
     def test_softmax_is_fp32_under_autocast(self) -> None:
         module = AttentionPooling(dim=8, hidden_dim=4, labels=1, gated=True, dropout=0.0)

@@ -35,7 +35,7 @@ def tensors(output: BagOutput) -> dict[str, Tensor]:
     for name in (field.name for field in fields(output)):
         value = getattr(output, name)
         flat |= {f"{name}/{s}": v for s, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in flat.items() if value is not None}
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
 
 
 @every_variant
