@@ -6,7 +6,9 @@ Such a folder holds model.safetensors and, for what shapes do not tell, the conf
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,10 +30,14 @@ _TRAINING = frozenset(  # how weights are trained, or what their shapes tell
 
 @dataclass(frozen=True)
 class StartWeights:
-    """What `model.weights` names: the file, its {key: shape}, and whether it holds the backbone alone."""
+    """What `model.weights` names: the file and its {key: shape}.
+
+    behind: keys of an encoder's last stages, where the wanted strides end before them.
+    """
 
     file: Path
     shapes: dict[str, tuple[int, ...]]
+    behind: tuple[str, ...] = ()
 
     @property
     def encoder_alone(self) -> bool:
@@ -40,8 +46,9 @@ class StartWeights:
 
     def text(self) -> str:
         """One line for the log."""
-        rest = "the pyramid and MIL layers start at random" if self.encoder_alone else "the whole model"
-        return f"starting from {self.file}: {len(self.shapes)} tensors, {rest}"
+        what = "the encoder (the pyramid and MIL layers start at random)" if self.encoder_alone else "the whole model"
+        behind = f"; {len(self.behind)} tensors behind the last map are not used" if self.behind else ""
+        return f"starting from {self.file}: {what}, {len(self.shapes) - len(self.behind)} tensors{behind}"
 
 
 def check_weights(model: ModelConfig, network: nn.Module) -> StartWeights:
@@ -68,29 +75,38 @@ def check_weights(model: ModelConfig, network: nn.Module) -> StartWeights:
         for key, value in network.state_dict().items()
         if not weights.encoder_alone or key.startswith("backbone.")
     }
+    behind = _behind(shapes, expected) if weights.encoder_alone else ()
     wrong = [
         f"{key} {_shape(shapes.get(key))} where the model has {_shape(expected.get(key))}"
         for key in sorted(expected.keys() | shapes.keys())
-        if shapes.get(key) != expected.get(key)
+        if shapes.get(key) != expected.get(key) and key not in behind
     ]
     if wrong:
         fix = "set the model section and data.labels as in the config.yaml beside it"
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"model.weights does not fit the model: {'; '.join(wrong[:3])}{more}", file=file, fix=fix)
-    return weights
+    return replace(weights, behind=behind)
 
 
 def load_weights(model: ModelConfig, network: nn.Module) -> StartWeights:
-    """Load `model.weights` into a model, every key of it.
+    """Load `model.weights` into a model: every key of it, but for stages behind the last wanted map.
 
     Raises:
         UserError: as check_weights.
     """
     weights = check_weights(model, network)
-    report = network.load_state_dict(load_file(weights.file), strict=False)
+    state = {key: value for key, value in load_file(weights.file).items() if key not in weights.behind}
+    report = network.load_state_dict(state, strict=False)
     assert not report.unexpected_keys
     assert weights.encoder_alone or not report.missing_keys
     return weights
+
+
+def _behind(shapes: Mapping[str, object], expected: Mapping[str, object]) -> tuple[str, ...]:
+    """Keys of whole stages that the model does not have."""
+    stage = re.compile(r"backbone\.net\.blocks\.(\d+)\.")
+    has = {match[1] for key in expected if (match := stage.match(key))}
+    return tuple(key for key in shapes if (match := stage.match(key)) and match[1] not in has)
 
 
 def _check_words(model: ModelConfig, weights: StartWeights) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from msmil.models.backbone import Backbone, build_backbone
+from msmil.models.backbone import Backbone
 from msmil.models.published.convert import convert
 from tests.parity.published import golden, padded_image_HW, published_state, tiny_bags
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -9,14 +10,13 @@ from typing import Any, Final
 from safetensors.torch import save
 
 from msmil.config import Config
-from msmil.config_io import config_from_dict, config_to_dict, dump_config
+from msmil.config_io import config_from_dict, dump_config
 from msmil.models.published.convert import Converted, Source, convert
+from msmil.models.published.words import PUBLISHED_BAGS
 from msmil.models.weights import WEIGHTS_FILE
 from shards.errors import UserError
 from shards.files import atomic_file
 
-# as published: images in black-padded tiles of 512 pixels without overlap
-_BAGS: Final = {"instances": "tiles", "tile_size_px": 512, "tile_overlap": 0.0}
 _LABEL: Final = "Mass"
 
 
@@ -56,8 +56,8 @@ def convert_to_folder(
 
 def _experiment(converted: Converted, folder: Path, tree: dict[str, Any]) -> Config:
     """The configuration beside the weights: the model's, the published bags, and what the user says."""
-    model = config_to_dict(Config(model=converted.model))["model"]
-    bags = {**_BAGS, **tree.get("bags", {})}
+    model = dataclasses.asdict(converted.model)
+    bags = {**PUBLISHED_BAGS, **tree.get("bags", {})}
     data = dict(tree.get("data", {}))
     if converted.network is not None and "labels" not in data:
         if converted.network.num_labels > 1:

@@ -46,7 +46,7 @@ def load_published(
         model.load_state_dict(state, assign=True)
     model.report = converted.report  # type: ignore[assignment]
     if model.in_channels == 3:
-        model.register_forward_pre_hook(_three_channels)
+        model.register_forward_pre_hook(_three_channels, with_kwargs=True)
     return model.eval()
 
 
@@ -55,17 +55,16 @@ def _at_least_single(value: Tensor) -> Tensor:
     return value.float() if single else value.clone()
 
 
-def _three_channels(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _three_channels(
+    model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Grey tiles stand for three equal channels."""
-    if not arguments:
-        return arguments
-    tiles, *others = arguments
+    if arguments:
+        return (_in_colour(arguments[0]), *arguments[1:]), named
+    return arguments, {name: _in_colour(value) if "tiles" in name else value for name, value in named.items()}
+
+
+def _in_colour(tiles: Any) -> Any:
     if isinstance(tiles, Mapping):
-        return {size: _colour(part) for size, part in tiles.items()}, *others
-    return _colour(tiles), *others
-
-
-def _colour(tiles_BNCPP: Tensor) -> Tensor:
-    if tiles_BNCPP.dim() != 5 or tiles_BNCPP.shape[2] != 1:
-        return tiles_BNCPP
-    return tiles_BNCPP.expand(-1, -1, 3, -1, -1)
+        return {size: _in_colour(part) for size, part in tiles.items()}
+    return tiles.expand(-1, -1, 3, -1, -1) if tiles.dim() == 5 and tiles.shape[2] == 1 else tiles

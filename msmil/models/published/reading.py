@@ -26,7 +26,7 @@ from shards.errors import UserError
 _STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _TORCH: Final = frozenset(
     {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "collections.OrderedDict"}
-    | {"_codecs.encode", "torch.Size", "torch.device"}
+    | {"_codecs.encode", "torch.Size", "torch.device", "collections.Counter", "__builtin__.set"}
     | {f"torch.{kind}Storage" for kind in _STORAGES}
 )
 _LARGEST_PICKLE_BYTES: Final = 64 * 2**20  # a published one has less than 1 MiB

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from msmil.config import ModelConfig
 from msmil.config_io import config_from_dict
@@ -11,6 +11,8 @@ from msmil.models.published.infer import Architecture
 from msmil.models.published.report import Report
 from shards.errors import UserError
 
+# images in black-padded tiles of 512 pixels without overlap
+PUBLISHED_BAGS: Final = {"instances": "tiles", "tile_size_px": 512, "tile_overlap": 0.0}
 _UNSET = {"inducing_points": "auto", "region_inducing_points": "auto", "weights": "", "pretrained": False}
 
 
@@ -41,7 +43,8 @@ def model_section(found: Architecture, config: Mapping[str, Any] | None, report:
     defaults = {word: values[0] for word, values in found.open.items()} | found.free
     report.assumed = {word: value for word, value in defaults.items() if word not in said}
     words = {**defaults, **said, **words}
-    return config_from_dict({"model": {word: _plain(v) for word, v in words.items()}}).model
+    said_of_model = {word: _plain(value) for word, value in words.items()}
+    return config_from_dict({"bags": PUBLISHED_BAGS, "model": said_of_model}).model
 
 
 def _contradiction(source: str, word: str, said: object, keys: str) -> UserError:
