@@ -71,7 +71,8 @@ def make_bag(
     """
     padded_hw = padded_size(x_B1HW.shape[2], x_B1HW.shape[3], config)
     padded_B1HW, pad_left_B, pad_top_B = pad_with_black(x_B1HW, padded_hw, black=black)
-    place = (pad_left_B, pad_top_B, padded_hw)
+    tiles: Tensor | dict[int, Tensor]
+    origin: Tensor | dict[int, Tensor]
 
     def cut(side_px: int) -> tuple[Tensor, Tensor]:
         tiles_BN1PP = _windows(padded_B1HW, side_px, config.tile_overlap, black=black)
@@ -80,15 +81,17 @@ def make_bag(
 
     if isinstance(sizes, tuple):
         cuts = {side_px: cut(side_px) for side_px in sizes}
-        return Bag({s: tiles for s, (tiles, _) in cuts.items()}, {s: at for s, (_, at) in cuts.items()}, *place)
-    if sizes is not None:
-        return Bag(*cut(sizes), *place)
-    if config.instances == "tiles":
-        tiles_BN1PP = _unfold(padded_B1HW, config.tile_size_px, _step(config))
+        tiles, origin = {s: part for s, (part, _) in cuts.items()}, {s: at for s, (_, at) in cuts.items()}
+    elif sizes is not None:
+        tiles, origin = cut(sizes)
     else:
-        tiles_BN1PP = padded_B1HW.unsqueeze(1)
-    origin_N2 = tile_origins(padded_hw, config).to(x_B1HW.device)
-    return Bag(tiles_BN1PP.expand(-1, -1, in_channels, -1, -1), origin_N2, *place)
+        if config.instances == "tiles":
+            tiles_BN1PP = _unfold(padded_B1HW, config.tile_size_px, _step(config))
+        else:
+            tiles_BN1PP = padded_B1HW.unsqueeze(1)
+        tiles = tiles_BN1PP.expand(-1, -1, in_channels, -1, -1)
+        origin = tile_origins(padded_hw, config).to(x_B1HW.device)
+    return Bag(tiles, origin, pad_left_B, pad_top_B, padded_hw)
 
 
 def _windows(padded_B1HW: Tensor, side_px: int, overlap: float, *, black: float) -> Tensor:

@@ -24,11 +24,16 @@ class RegionMIL(nn.Module):
 
     def forward(self, region_BNJD: Tensor, mask_BN: Tensor | None, uniform_mix: float) -> Pooled:
         """Pool the regions of each bag. A label that has embeddings of its own is a bag of its own."""
-        bags, _, labels, _ = region_BNJD.shape
+        labels = region_BNJD.shape[2]
         region_XND = region_BNJD.transpose(1, 2).flatten(0, 1)
         mask_XN = None if mask_BN is None else mask_BN.repeat_interleave(labels, dim=0)
         pooled: Pooled = self.pooling(self.encoder(region_XND, mask_XN), mask_XN, uniform_mix)
-        return Pooled(*(None if x is None else _own(x.unflatten(0, (bags, labels))) for x in pooled))
+        embedding, weight, score = pooled
+        return Pooled(
+            _own(embedding, labels),
+            None if weight is None else _own(weight, labels),
+            None if score is None else _own(score, labels),
+        )
 
 
 def nested_forward(branch: ScaleBranch, region: RegionMIL, instances: Instances, asked: Asked) -> BranchOutput:
@@ -50,8 +55,9 @@ def nested_forward(branch: ScaleBranch, region: RegionMIL, instances: Instances,
     return BranchOutput(pooled, logit_BK, inner_BKNI=inner_BKNI)
 
 
-def _own(x_BJLX: Tensor) -> Tensor:
-    """[B, J, L, X] -> [B, K, X]: each label's attention over its own embeddings."""
+def _own(x_BjLX: Tensor, labels: int) -> Tensor:
+    """[B * J, L, X] -> [B, K, X]: each label's attention over its own embeddings."""
+    x_BJLX: Tensor = x_BjLX.unflatten(0, (-1, labels))
     if x_BJLX.shape[1] == 1:
         return x_BJLX[:, 0]
     if x_BJLX.shape[2] == 1:

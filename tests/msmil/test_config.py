@@ -11,6 +11,8 @@ from msmil.config import Config
 from msmil.config_io import config_from_dict, config_to_dict, dump_config, flatten, load_config, reference
 from shards.errors import UserError
 
+TILES = {"bags": {"instances": "tiles"}}
+MSP = {"instance_encoder": "msp", "scales": [128, 256, 384]}
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs" / "experiment").glob("*.yaml"))
 
 
@@ -83,6 +85,22 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ({"seed": -1}, "not negative"),
         ({"loss": {"instance_weight": 1}, "model": {"deep_supervision": False}}, "deep_supervision: true"),
         ({"loss": {"composite_weight": 1}, "model": {"deep_supervision": False}}, "deep_supervision: true"),
+        ({"model": {"instance_encoder": "single", "scales": [256]}}, "bags.instances: tiles"),
+        ({"model": {"instance_encoder": "msp", "scales": [128, 256]}}, "bags.instances: tiles"),
+        ({"model": {"nested": True}}, "bags.instances: tiles"),
+        ({"model": {"instance_encoder": "single"}, "bags": {"instances": "tiles"}}, "give one tile size"),
+        ({"model": {"instance_encoder": "msp", "scales": [256, 128]}}, "ascending order"),
+        ({"model": {"instance_encoder": "backbone_pyramid", "upsample": "bilinear"}}, "upsample: nearest"),
+        (TILES | {"model": {**MSP, "pyramid_norm": True}}, "pyramid_norm: false"),
+        (TILES | {"model": {**MSP, "nested": True}}, "fpn or backbone_pyramid"),
+        ({"model": {"scale_aggregator": "mean_p", "deep_supervision": False}}, "deep_supervision: true"),
+        ({"model": {"pooling": "mean", "probability": "sparsemax"}}, "probability: softmax"),
+        ({"model": {"pooling": "max"}, "loss": {"uniform_attention_share": 0.5}}, "uniform_attention_share: 0"),
+        ({"model": {"region_pooling": "mean"}}, "nested: true"),
+        ({"model": {"region_inducing_points": 4}}, "nested: true"),
+        (TILES | {"model": {"nested": True, "region_inducing_points": 0}}, "at least 1"),
+        (TILES | {"model": {"nested": True}, "loss": {"instance_weight": 0.5}}, "instance_weight: 0"),
+        (TILES | {"model": {"nested": True}, "loss": {"composite_weight": 0.5}}, "composite_weight: 0"),
         ({"loss": {"top_fractions": [0.0]}}, "shares in 0 < x <= 1"),
     ],
 )

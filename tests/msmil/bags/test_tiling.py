@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmil.bags.tiling import make_bag, pad_with_black, padded_size, tile_hw, tile_origins
+from msmil.bags.tiling import make_bag, pad_with_black, padded_size, tile_hw, tile_origins, window_origins
 from msmil.config import BagConfig
 
 BLACK = -1.25
@@ -166,3 +166,45 @@ def test_three_channels_repeat_the_grey_one_without_a_copy(config):
     assert len(others) == 2
     assert all(torch.equal(grey, other) for other in others)
     assert bag.tiles_BNCPP.stride(2) == 0
+
+
+@pytest.mark.parametrize(
+    ("side", "overlap", "count"),
+    [(256, 0.0, 24), (128, 0.0, 96), (384, 0.0, 12), (256, 0.75, 384), (128, 0.75, 1536), (384, 0.75, 176)],
+)
+def test_windows_of_the_published_counts(side, overlap, count):
+    origins = window_origins((1536, 1024), side, overlap).tolist()
+    assert len(origins) == count
+    assert origins == sorted(origins, key=lambda corner: (corner[1], corner[0]))
+    assert all(x < 1024 and y < 1536 for x, y in origins)
+
+
+@given(
+    side=st.sampled_from([5, 8, 12, 40]),
+    overlap=st.sampled_from([0.0, 0.3, 0.5, 0.75]),
+    height=st.integers(1, 33),
+    width=st.integers(1, 33),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_window_holds_the_pixels_at_its_origin_and_black_outside(side, overlap, height, width):
+    config, x = tiles_config(16, overlap), random_images(2, 1, height, width)
+    bag = make_bag(x, config, in_channels=3, black=BLACK, sizes=side)
+    assert bag.padded_hw == (-(-height // 16) * 16, -(-width // 16) * 16)
+    padded, *_ = pad_with_black(x, bag.padded_hw, black=BLACK)
+    canvas = torch.nn.functional.pad(padded, (0, side, 0, side), value=BLACK)
+    covered = torch.zeros(bag.padded_hw, dtype=torch.bool)
+    assert bag.tiles_BNCPP.shape == (2, len(bag.origin_N2), 3, side, side)
+    for n, (x0, y0) in enumerate(bag.origin_N2.tolist()):
+        assert torch.equal(bag.tiles_BNCPP[:, n, :1], canvas[:, :, y0 : y0 + side, x0 : x0 + side])
+        covered[y0 : y0 + side, x0 : x0 + side] = True
+    assert covered.all()
+
+
+def test_tiles_of_several_sizes_are_the_tiles_of_each():
+    x, config = random_images(2, 1, 50, 40), tiles_config(32, 0.5)
+    bag = make_bag(x, config, in_channels=1, black=BLACK, sizes=(8, 20))
+    assert list(bag.tiles_BNCPP) == [8, 20]
+    for side in (8, 20):
+        alone = make_bag(x, config, in_channels=1, black=BLACK, sizes=side)
+        for mine, other in zip(bag.of_scale(side), alone.of_scale(side), strict=True):
+            assert torch.equal(mine, other)

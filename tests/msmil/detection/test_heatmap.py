@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from msmil.bags.tiling import make_bag
 from msmil.config import BagConfig
-from msmil.detection.heatmap import map_names, maps, normalise, stitch, to_image
+from msmil.detection.heatmap import fill_squares, instance_weights, map_names, maps, normalise, stitch, to_image
 from msmil.types import Bag, BagOutput
 from shards.errors import UserError
 
@@ -233,3 +233,53 @@ def test_half_precision_comes_out_as_float32():
     values = {8: torch.tensor([[[0.1, 0.2, 0.3, 0.4]]], dtype=torch.bfloat16)}
     found = maps(output_with(values, weight=torch.ones(1, 1, 1, dtype=torch.bfloat16)), bag, breast_BHW, CENTRED)
     assert {map_BKHW.dtype for map_BKHW in found.named().values()} == {torch.float32}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    side=st.sampled_from([4, 6, 10]),
+    overlap=st.sampled_from([0.0, 0.5, 0.75]),
+    stored_hw=st.tuples(st.integers(9, 30), st.integers(9, 30)),
+    pads=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=2),
+    several=st.booleans(),
+)
+def test_a_tile_with_one_value_fills_its_square(side, overlap, stored_hw, pads, several):
+    """Where tiles overlap their mean; on each image's own pixels, whatever its padding."""
+    config = BagConfig(instances="tiles", tile_size_px=8, tile_overlap=overlap)
+    image = bag_of(stored_hw=stored_hw, config=config, pads=pads).tiles_BNCPP.new_zeros(2, 1, *stored_hw)
+    for b, (left, top) in enumerate(pads):
+        image[b, 0, stored_hw[0] // 2 if top else 0, stored_hw[1] // 2 if left else 0] = 1.0
+    bag = make_bag(image, config, in_channels=1, black=0.0, sizes=(side, 2 * side) if several else side)
+    origins = bag.of_scale(side)[1].tolist()
+    value_BKN = torch.rand(2, 3, len(origins), generator=torch.Generator().manual_seed(0))
+    found = maps(
+        output_with({side: value_BKN}),
+        bag,
+        torch.ones(2, *stored_hw, dtype=torch.bool),
+        {side: (0.0, 0.0)},
+    ).attention[side]
+    for b in range(2):
+        for y, x in ((0, 0), (stored_hw[0] - 1, 2), (stored_hw[0] // 2, stored_hw[1] - 1)):
+            py, px = y + int(bag.pad_top_B[b]), x + int(bag.pad_left_B[b])
+            over = [n for n, (x0, y0) in enumerate(origins) if x0 <= px < x0 + side and y0 <= py < y0 + side]
+            torch.testing.assert_close(found[b, :, y, x], value_BKN[b, :, over].mean(1), atol=1e-6, rtol=0)
+
+
+def test_pixels_outside_all_squares_get_the_lowest_value():
+    map_BKHW = fill_squares(
+        torch.tensor([[[3.0, 5.0]]]), origin_N2=torch.tensor([[0, 0], [4, 0]]), tile_hw=(4, 4), padded_hw=(6, 10)
+    )
+    assert map_BKHW[0, 0, 2].tolist() == [3.0] * 4 + [5.0] * 4 + [3.0] * 2
+    assert (map_BKHW[0, 0, 4:] == 3.0).all()
+
+
+def test_nested_weights_are_the_pixel_s_times_the_region_s():
+    inner_BKNI = torch.rand(1, 2, 3, 4).softmax(-1)
+    region_BKN = torch.rand(1, 2, 3).softmax(-1)
+    both = BagOutput(torch.zeros(1, 2), None, {8: region_BKN}, None, None, None, inner_attention={8: inner_BKNI})
+    weight_BKI = instance_weights(both)[8]
+    for n in range(3):
+        torch.testing.assert_close(weight_BKI[:, :, 4 * n : 4 * n + 4], inner_BKNI[:, :, n] * region_BKN[:, :, n, None])
+    torch.testing.assert_close(weight_BKI.sum(-1), torch.ones(1, 2))
+    alone = BagOutput(torch.zeros(1, 2), None, None, None, None, None, inner_attention={8: inner_BKNI})
+    torch.testing.assert_close(instance_weights(alone)[8], inner_BKNI.flatten(2) / 3)

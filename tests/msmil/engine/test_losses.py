@@ -183,6 +183,7 @@ def _bag(out: BagOutput, *rows: int) -> BagOutput:
         score=None,
         instance_logit={s: logit[index] for s, logit in out.instance_logit.items()},
         scale_weight_BKS=None,
+        composite_logit={s: logit[index] for s, logit in out.composite_logit.items()},
         scales=out.scales,
     )
 
