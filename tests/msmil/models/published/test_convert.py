@@ -5,9 +5,11 @@ The shapes are those of the published state dicts (tests/parity/data); the numbe
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 import msmil
+from msmil.models.backbone import Backbone, build_backbone
 from msmil.models.published.convert import convert
 from msmil.models.published.infer import infer
 from msmil.models.published.reading import read_published
@@ -46,6 +49,23 @@ def head_only(name: str) -> dict[str, Tensor]:
 def mammoclip(name: str = "mammoclip_b2") -> dict[str, Tensor]:
     others = {"text_encoder.weight": torch.zeros(2), "logit_scale": torch.zeros(())}
     return state(name, prefix="image_encoder.") | others
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_backbone() -> Iterator[None]:
+    """The shapes of a backbone take a second to build: once for all tests."""
+    built: dict[str, Backbone] = {}
+
+    def cached(name: str, **arguments: Any) -> Backbone:
+        key = repr((name, arguments))
+        if key not in built:
+            built[key] = build_backbone(name, **arguments)
+        return copy.deepcopy(built[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msmil.models.build.build_backbone", cached)
+        patch.setattr("msmil.models.published.convert.build_backbone", cached)
+        yield
 
 
 class TestInference:
@@ -164,7 +184,7 @@ class TestWholeModels:
     def test_tiles_of_several_sizes(self) -> None:
         model = msmil.load_published(state("msp_abmil"))
         with torch.inference_mode():
-            output = model({size: torch.zeros(1, 1, 1, size, size) for size in (128, 256, 384)})
+            output = model({size: torch.zeros(1, 1, 1, size // 4, size // 4) for size in (128, 256, 384)})
         assert output.logit_BK.shape == (1, 1)
         assert output.scale_weight_BKS.shape == (1, 1, 3)
 
