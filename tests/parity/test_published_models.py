@@ -18,8 +18,8 @@ from msmil.types import BagOutput
 from tests.parity.published import golden, padded_image_HW, published_state, tiny_bags
 
 BOUND, BOUND_F64 = 1e-4, 1e-6
-CONFIGS = ("fpn_abmil",)
-CASES = [("fpn_abmil", "tiny"), ("fpn_abmil", "full")]
+CONFIGS = ("fpn_abmil", "fpn_settrans_concat", "nested_settrans", "single_abmil")
+CASES = [*((name, "tiny") for name in CONFIGS), ("fpn_settrans_concat", "full")]  # full: concatenation's scale weights
 
 
 @functools.cache
@@ -53,6 +53,10 @@ def ours(result: BagOutput) -> dict[str, Tensor]:
         found["scale_scores"] = result.scale_weight_BKS[:, 0]
     for scale, weight_BKI in (result.attention or {}).items():
         found[f"scores_{scale}"] = weight_BKI[:, 0]
+    for scale, weight_BKNI in (result.inner_attention or {}).items():
+        found[f"inner_scores_{scale}"] = weight_BKNI[:, 0]
+    if "scores_256" in found:
+        found["scores"] = found.pop("scores_256")  # a single scale has no name there
     return found
 
 
