@@ -79,6 +79,7 @@ def test_a_head_beside_its_encoder(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ("fpn_abmil", ["model.mil_encoder=isab"], "config says mil_encoder: 'isab', the keys say 'mlp'"),
         ("head", [], "holds no encoder"),
+        ("fpn_abmil", [], "names no labels for its outputs (1)"),
         ("fpn_abmil", ["data.labels=[Mass,Other]"], "has 1 labels, data.labels names ['Mass', 'Other']"),
         ("fpn_abmil", ["model.scales=[128,32,16]"], "the keys say [16, 32, 128]"),
     ],
