@@ -84,6 +84,10 @@ def _check_scales(config: Config) -> None:
         require(bags.instances == "tiles", "bags.instances", bags.instances, fix)
     if model.instance_encoder == "single":
         require(len(scales) == 1, "model.scales", scales, "give one tile size, or set model.instance_encoder: msp")
+        for key, only in (("scale_aggregator", "gated_attention"), ("deep_supervision", True)):
+            fix = f"leave it at {str(only).lower()}, its default: there is one scale with one head"
+            value = getattr(model, key)
+            require(value == only, f"model.{key} (with instance_encoder: single)", value, fix)
     if isinstance(model.inducing_points, tuple):
         fix = f"give one positive number per scale of {scales}, or auto"
         points = model.inducing_points

@@ -102,9 +102,10 @@ def _folds_of_table(manifest: Manifest, row_M: NDArray[np.int64]) -> NDArray[np.
         fix = "pack a table that has a fold for each of them, or give data.folds a number"
         raise UserError(thing, fix=fix, file=manifest.directory)
     fold_of: dict[str, int] = {}
-    for patient, fold in zip(manifest.text("patient_id", row_M), fold_M.tolist(), strict=True):
+    patient_M, image_M = manifest.text("patient_id", row_M), manifest.text("image_id", row_M)
+    for patient, image, fold in zip(patient_M, image_M, fold_M.tolist(), strict=True):
         if fold_of.setdefault(patient, fold) != fold:
-            thing = f"patient {patient} is in folds {fold_of[patient]} and {fold}"
+            thing = f"the patient of image {image} is in folds {fold_of[patient]} and {fold}"
             fix = "give all images of a patient the same fold and pack again, or give data.folds a number"
             raise UserError(thing, fix=fix, file=manifest.directory)
     return fold_M

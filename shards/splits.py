@@ -97,7 +97,7 @@ def check_patients(rows: Sequence[SourceRow], file: Path) -> None:
     for row in rows:
         split = split_of.setdefault(row.patient_id, row.split)
         if split != row.split:
-            thing = f"patient {row.patient_id} is in two splits: {split} and {row.split} (image {row.image_id})"
+            thing = f"the patient of image {row.image_id} is in two splits: {split} and {row.split}"
             raise UserError(thing, fix="give all images of a patient the same split and fold", file=file)
         patient = patient_of.setdefault(row.exam_id, row.patient_id)
         if patient != row.patient_id:

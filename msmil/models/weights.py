@@ -18,6 +18,7 @@ from torch import nn
 
 from msmil.config import ModelConfig
 from msmil.config_io import load_config
+from msmil.models.mammoclip import ENCODERS
 from shards.errors import UserError
 
 WEIGHTS_FILE: Final = "model.safetensors"
@@ -114,13 +115,20 @@ def _check_words(model: ModelConfig, weights: StartWeights) -> None:
     if not config.is_file():
         fix = "keep the folder that `msmil convert` wrote together"
         raise UserError("model.weights has no config.yaml beside it", file=weights.file, fix=fix)
-    theirs, ours = (dataclasses.asdict(section) for section in (load_config(config).model, model))
+    theirs, ours = _words(load_config(config).model), _words(model)
     words = _ENCODER if weights.encoder_alone else tuple(word for word in ours if word not in _TRAINING)
     differing = {word: (theirs[word], ours[word]) for word in words if theirs[word] != ours[word]}
     if differing:
         said = "; ".join(f"model.{word} is {a!r} there and {b!r} here" for word, (a, b) in differing.items())
         fix = "set " + ", ".join(f"model.{word}={_yaml(a)}" for word, (a, _) in differing.items())
         raise UserError(f"model.weights was made with another model ({said})", file=weights.file, fix=fix)
+
+
+def _words(model: ModelConfig) -> dict[str, Any]:
+    """The model section; options that a published encoder has anyway may be said or not."""
+    encoder = ENCODERS.get(model.backbone)
+    own = {} if encoder is None else encoder.options
+    return {**dataclasses.asdict(model), "backbone_options": {**own, **model.backbone_options}}
 
 
 def _yaml(value: Any) -> str:

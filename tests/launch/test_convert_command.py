@@ -79,6 +79,7 @@ def test_a_head_beside_its_encoder(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ("fpn_abmil", ["model.mil_encoder=isab"], "config says mil_encoder: 'isab', the keys say 'mlp'"),
         ("head", [], "holds no encoder"),
+        ("fpn_abmil", [], "names no labels for its outputs (1)"),
         ("fpn_abmil", ["data.labels=[Mass,Other]"], "has 1 labels, data.labels names ['Mass', 'Other']"),
         ("fpn_abmil", ["model.scales=[128,32,16]"], "the keys say [16, 32, 128]"),
     ],
@@ -135,8 +136,9 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(
 def test_it_is_evaluated_on_the_data_that_are_named(packed: Path, converted: Path) -> None:
     with pytest.raises(UserError, match=r"no data of their own.*--shards"):
         find_checkpoint(RunFolder(converted), "best", other_data=False)
-    arguments = type("Arguments", (), {"folder": str(converted), "shards": str(packed)})
-    evaluate_main(_config(arguments), str(converted), split="test", checkpoint="best", other_data=True)  # type: ignore[arg-type]
+    evaluate_main(
+        _config(str(converted), str(packed)), str(converted), split="test", checkpoint="best", other_data=True
+    )
     results = json.loads((converted / "metrics" / "test.json").read_text())
     assert results["other_data_than_trained_on"] is True
     assert set(results["labels"]) == {"Mass", "Suspicious_Calcification"}
@@ -145,9 +147,10 @@ def test_it_is_evaluated_on_the_data_that_are_named(packed: Path, converted: Pat
 def test_an_encoder_alone_cannot_be_evaluated(packed: Path, converted: Path) -> None:
     weights = load_file(converted / "model.safetensors")
     save_file({k: v for k, v in weights.items() if k.startswith("backbone.")}, converted / "model.safetensors")
-    arguments = type("Arguments", (), {"folder": str(converted), "shards": str(packed)})
     with pytest.raises(UserError, match="an encoder alone, which judges nothing"):
-        evaluate_main(_config(arguments), str(converted), split="test", checkpoint="best", other_data=True)  # type: ignore[arg-type]
+        evaluate_main(
+            _config(str(converted), str(packed)), str(converted), split="test", checkpoint="best", other_data=True
+        )
 
 
 def test_a_checkpoint_of_a_run_is_a_start_too(tmp_path: Path, packed: Path) -> None:

@@ -17,7 +17,6 @@ def test_phantoms_to_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(demo, "TRAINING_EXAMS", 12)
     monkeypatch.setattr(demo, "TEST_EXAMS", 11)
     overrides = ["train.epochs=1", f"output_dir={tmp_path}", "evaluate.bootstrap_replicates=20"]

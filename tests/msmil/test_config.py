@@ -93,6 +93,20 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ({"model": {"instance_encoder": "msp", "scales": [128, 256]}}, "bags.instances: tiles"),
         ({"model": {"nested": True}}, "bags.instances: tiles"),
         ({"model": {"instance_encoder": "single"}, "bags": {"instances": "tiles"}}, "give one tile size"),
+        (
+            {
+                "model": {"instance_encoder": "single", "scales": [256], "scale_aggregator": "mean_p"},
+                "bags": {"instances": "tiles"},
+            },
+            "leave it at gated_attention",
+        ),
+        (
+            {
+                "model": {"instance_encoder": "single", "scales": [256], "deep_supervision": False},
+                "bags": {"instances": "tiles"},
+            },
+            "leave it at true",
+        ),
         ({"model": {"instance_encoder": "msp", "scales": [256, 128]}}, "ascending order"),
         ({"model": {"instance_encoder": "backbone_pyramid", "upsample": "bilinear"}}, "upsample: nearest"),
         (TILES | {"model": {**MSP, "pyramid_norm": True}}, "pyramid_norm: false"),

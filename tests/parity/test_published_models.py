@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import msmil
 from msmil.types import BagOutput
-from tests.parity.published import golden, padded_image_HW, published_state, tiny_bags
+from tests.parity.published import full_bag, golden, published_state, tiny_bags
 
 BOUND, BOUND_F64 = 1e-4, 1e-6
-CONFIGS = ("fpn_abmil",)
-CASES = [("fpn_abmil", "tiny"), ("fpn_abmil", "full")]
+ATTENTION_BOUND = {"fpn_abmil": 1e-6, "fpn_settrans_concat": 1e-6, "nested_settrans": 1e-6, "single_abmil": 1e-5}
+CONFIGS = ("fpn_abmil", "fpn_settrans_concat", "nested_settrans", "single_abmil")
+CASES = [*((name, "tiny") for name in CONFIGS), ("fpn_settrans_concat", "full")]  # full: concatenation's scale weights
 
 
 @functools.cache
@@ -36,12 +37,7 @@ def output(name: str, case: str, dtype: torch.dtype) -> BagOutput:
 
 
 def tiles(case: str) -> Tensor:
-    if case == "tiny":
-        return tiny_bags()
-    image_HW = padded_image_HW()
-    corners = [(y, x) for y in range(0, 1536, 512) for x in range(0, 1024, 512)]
-    parts = torch.stack([image_HW[y : y + 512, x : x + 512] for y, x in corners])
-    return parts[None, :, None].expand(-1, -1, 3, -1, -1)
+    return tiny_bags() if case == "tiny" else full_bag()
 
 
 def ours(result: BagOutput) -> dict[str, Tensor]:
@@ -53,6 +49,10 @@ def ours(result: BagOutput) -> dict[str, Tensor]:
         found["scale_scores"] = result.scale_weight_BKS[:, 0]
     for scale, weight_BKI in (result.attention or {}).items():
         found[f"scores_{scale}"] = weight_BKI[:, 0]
+    for scale, weight_BKNI in (result.inner_attention or {}).items():
+        found[f"inner_scores_{scale}"] = weight_BKNI[:, 0]
+    if "scores_256" in found:
+        found["scores"] = found.pop("scores_256")  # a single scale has no name there
     return found
 
 
@@ -65,10 +65,10 @@ def test_in_single_precision(name: str, case: str) -> None:
     for key in sorted(compared):
         expected = array[f"{case}/{key}"].reshape(found[key].shape)
         worst = float(np.max(np.abs(found[key].numpy() - expected) / np.maximum(1, np.abs(expected))))
-        relative = float(np.max(np.abs(found[key].numpy() - expected)) / np.max(np.abs(expected)))
-        print(f"\n{name} {case} {key}: max difference {worst:.1e}, of the largest value {relative:.1e}", end="")
-        assert worst <= BOUND
-        assert relative <= 100 * BOUND  # attention weights are far below 1
+        print(f"\n{name} {case} {key}: max difference {worst:.1e}", end="")
+        # the weights of thousands of instances are far below 1, those of a few tiles are not
+        attention = key.startswith(("scores", "inner_scores"))
+        assert worst <= (ATTENTION_BOUND[name] if attention else BOUND)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -88,3 +88,16 @@ def test_grey_tiles_stand_for_three_equal_channels() -> None:
     for network in (model("fpn_abmil"), msmil.load_published(tensors, config={"in_channels": 1})):
         with torch.inference_mode():
             np.testing.assert_allclose(network(grey).logit_BK, expected, rtol=1e-10)
+
+
+def test_each_scale_has_the_published_embedding() -> None:
+    name, embeddings = "fpn_settrans_concat", {}
+    network = copy.deepcopy(model(name)).float()
+    for scale in (16, 32, 128):
+        network.get_submodule(f"branches.{scale}.pooling").register_forward_hook(
+            lambda _module, _inputs, pooled, scale=scale: embeddings.update({scale: pooled.embedding_BKD[:, 0]})
+        )
+    with torch.inference_mode():
+        network(tiny_bags())
+    for scale, embedding_BD in embeddings.items():
+        np.testing.assert_allclose(embedding_BD, golden(name)[f"tiny/bag_{scale}"], atol=BOUND, rtol=0)

@@ -115,9 +115,13 @@ def test_validation_rows_of_the_table_are_kept() -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ([image(0), image(0, 1, split="test")], {}, "patient p0 is in two splits: train and test .image 0-1"),
-        ([image(0, fold=0), image(0, 1, fold=1)], {"fold": 1}, "patient p0 is in two splits: train and val"),
-        ([image(0, split="val"), image(0, 1)], {}, "patient p0 is in two splits: val and train"),
+        ([image(0), image(0, 1, split="test")], {}, "the patient of image 0-1 is in two splits: train and test"),
+        (
+            [image(0, fold=0), image(0, 1, fold=1)],
+            {"fold": 1},
+            "the patient of image 0-1 is in two splits: train and val",
+        ),
+        ([image(0, split="val"), image(0, 1)], {}, "the patient of image 0-1 is in two splits: val and train"),
         ([image(0, exam="e"), image(1, exam="e")], {}, "exam e is of two patients: p0 and p1"),
         ([image(0, fold=0), image(1, fold=1)], {"fold": 7}, r"in fold 7. Fix: choose from \[0, 1\]"),
         ([image(0)], {"fold": 0}, "in fold 0. Fix: add a column fold"),

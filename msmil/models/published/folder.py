@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from safetensors.torch import save
 
@@ -17,8 +17,6 @@ from msmil.models.weights import WEIGHTS_FILE
 from shards.errors import UserError
 from shards.files import atomic_file
 
-_LABEL: Final = "Mass"
-
 
 def convert_to_folder(
     source: Source, folder: str | Path, *, encoder: Source | None = None, config: Mapping[str, Any] | None = None
@@ -29,8 +27,8 @@ def convert_to_folder(
         source, encoder: as `convert`.
         folder: is made; must not exist, or be empty.
         config: sections of an experiment for its config.yaml. Words of `model` are held against the keys; images have
-            one channel unless model.in_channels says 3; the one label of a published model is Mass unless
-            data.labels says otherwise.
+            one channel unless model.in_channels says 3. A whole model needs data.labels: no file says what it was
+            trained on, and the wrong label would give wrong numbers.
 
     Raises:
         UserError: as `convert`; the folder is not empty or cannot be written; not one label per output.
@@ -60,11 +58,9 @@ def _experiment(converted: Converted, folder: Path, tree: dict[str, Any]) -> Con
     bags = {**PUBLISHED_BAGS, **tree.get("bags", {})}
     data = dict(tree.get("data", {}))
     if converted.network is not None and "labels" not in data:
-        if converted.network.num_labels > 1:
-            fix = "name them in the order of the outputs, for example data.labels=[Mass,Suspicious_Calcification]"
-            raise UserError(f"has {converted.network.num_labels} labels", file=converted.report.source, fix=fix)
-        data["labels"] = [_LABEL]
-        converted.report.assumed["data.labels"] = [_LABEL]
+        fix = "name what it was trained on, in the order of the outputs, for example data.labels=[Mass]"
+        thing = f"names no labels for its outputs ({converted.network.num_labels})"
+        raise UserError(thing, file=converted.report.source, fix=fix)
     place = {"name": folder.resolve().name, "output_dir": str(folder.parent)}
     config = config_from_dict({**place, **tree, "model": model, "bags": bags, "data": data})
     if converted.network is not None and len(config.data.labels) != converted.network.num_labels:

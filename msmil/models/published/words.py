@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -15,8 +14,6 @@ from shards.errors import UserError
 # images in black-padded tiles of 512 pixels without overlap
 PUBLISHED_BAGS: Final = {"instances": "tiles", "tile_size_px": 512, "tile_overlap": 0.0}
 _UNSET = {"inducing_points": "auto", "region_inducing_points": "auto", "weights": "", "pretrained": False}
-_ONLY = {"upsample": "nearest", "probability": "softmax", "nested": False, "pyramid_norm": False}
-_KNOWN = {item.name for item in dataclasses.fields(ModelConfig)}
 
 
 def model_section(found: Architecture, config: Mapping[str, Any] | None, report: Report) -> ModelConfig:
@@ -46,12 +43,8 @@ def model_section(found: Architecture, config: Mapping[str, Any] | None, report:
     defaults = {word: values[0] for word, values in found.open.items()} | found.free
     report.assumed = {word: value for word, value in defaults.items() if word not in said}
     words = {**defaults, **said, **words}
-    said_of_model = {word: _plain(value) for word, value in words.items() if _needed(word, value)}
+    said_of_model = {word: _plain(value) for word, value in words.items()}
     return config_from_dict({"bags": PUBLISHED_BAGS, "model": said_of_model}).model
-
-
-def _needed(word: str, value: Any) -> bool:
-    return word in _KNOWN or _ONLY.get(word, ...) != value
 
 
 def _contradiction(source: str, word: str, said: object, keys: str) -> UserError:

@@ -107,6 +107,16 @@ class TestRefused:
             "model.backbone is 'mammoclip_b2' there and 'efficientnet_b2' here", ModelConfig(weights=folder), network
         )
 
+    def test_options_that_a_published_encoder_has_anyway_may_be_said(self, tmp_path: Path) -> None:
+        with torch.device("meta"):
+            network = nn.Module()
+            network.backbone = build_backbone("mammoclip_b2", scales=(16, 32), in_channels=1, tile_hw=(64, 64))
+        small = nn.Module()
+        small.backbone = nn.Linear(2, 2)
+        folder = written(tmp_path / "w", small, ModelConfig(backbone="mammoclip_b2"))
+        said = ModelConfig(backbone="mammoclip_b2", weights=folder, backbone_options={"bn_eps": 1e-3})
+        self.refused("does not fit the model: backbone", said, network)  # the words are the same, the tensors are not
+
     def test_two_ways_to_start(self, tmp_path: Path) -> None:
         config = dataclasses.replace(starting(written(tmp_path / "w", small_model())), pretrained=True)
         self.refused("model.pretrained and model.weights are both set", config, small_model())

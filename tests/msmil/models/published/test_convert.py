@@ -6,6 +6,7 @@ The shapes are those of the published state dicts (tests/parity/data); the numbe
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ from shards.errors import UserError
 
 DATA = Path(__file__).parents[3] / "parity" / "data"
 ENCODER = "inst_encoder.backbone."
+FAMILY = (
+    "fpn_abmil", "fpn_settrans", "fpn_abmil_concat", "fpn_settrans_concat", "fpn_abmil_meanp", "backbone_pyramid_abmil",
+    "msp_abmil", "single_abmil", "single_settrans", "nested_abmil", "nested_settrans",
+)  # fmt: skip
 
 
 @functools.cache
@@ -118,12 +123,18 @@ class TestInference:
 
 
 class TestWholeModels:
-    def test_every_key_is_loaded(self) -> None:
-        converted = convert(state("fpn_abmil"))
-        assert {theirs for theirs, _ in converted.report.loaded.values()} == shapes("fpn_abmil").keys()
+    @pytest.mark.parametrize("name", FAMILY)
+    def test_every_key_is_loaded(self, name: str) -> None:
+        converted = convert(state(name))
+        assert {theirs for theirs, _ in converted.report.loaded.values()} == shapes(name).keys()
         assert not converted.report.unused
         assert not converted.report.converted
-        text = converted.report.text()
+        assert converted.network is not None
+        parameters = json.loads((DATA / f"keys_{name}.json").read_text())["n_parameters"]
+        assert sum(p.numel() for p in converted.network.parameters()) == parameters
+
+    def test_the_report_names_all(self) -> None:
+        text = convert(state("fpn_abmil")).report.text()
         assert "inferred from keys and shapes: scale_aggregator = 'gated_attention'" in text
         assert "published default taken: instance_encoder = 'fpn'" in text
         assert "loaded pyramid.lateral.16.weight <- inst_encoder.inner_blocks.inner_block_0.0.weight [256, 120" in text
@@ -135,6 +146,47 @@ class TestWholeModels:
         assert converted.report.unused.keys() == others | {key for key in mammoclip() if key.startswith(head)}
         loaded = {theirs.replace("image_encoder.", ENCODER) for theirs, _ in converted.report.loaded.values()}
         assert loaded == shapes("fpn_abmil").keys()
+
+    @pytest.mark.parametrize("name", ["msp_abmil", "single_settrans"])
+    def test_a_head_without_any_key_of_an_encoder(self, name: str) -> None:
+        converted = convert(head_only(name), encoder=mammoclip())
+        assert converted.model.backbone == "mammoclip_b2"
+        loaded = {theirs.replace("image_encoder.", "inst_encoder.") for theirs, _ in converted.report.loaded.values()}
+        assert loaded == shapes(name).keys()
+
+    def test_a_shared_norm_of_the_pyramid(self) -> None:
+        """One GroupNorm and no biases; the state dict repeats it under four names."""
+        names = [f"inst_encoder.{kind}_blocks.{kind}_block_{i}" for kind in ("inner", "layer") for i in (0, 1)]
+        tensors = {key: value for key, value in state("fpn_abmil").items() if key not in {f"{n}.0.bias" for n in names}}
+        tensors |= {f"{name}.1.{part}": torch.ones(256) for name in names for part in ("weight", "bias")}
+        converted = convert(tensors)
+        assert converted.model.pyramid_norm
+        assert len(converted.report.unused) == 6
+        tensors[f"{names[2]}.1.bias"] = torch.zeros(256)
+        with pytest.raises(UserError, match=r"layer_block_0\.1\.bias differs from .*inner_block_0\.1\.bias"):
+            convert(tensors)
+
+    @pytest.mark.parametrize(
+        ("name", "config"),
+        [
+            ("fpn_abmil_meanp", {"scale_aggregator": "max_p", "instance_encoder": "backbone_pyramid"}),
+            ("fpn_abmil", {"upsample": "bilinear", "probability": "sparsemax", "region_pooling": "same"}),
+            ("single_abmil", {"scales": [128]}),
+            ("nested_abmil", {"region_mil_encoder": "mlp", "region_pooling": "gated_attention"}),
+        ],
+    )
+    def test_words_that_fit_the_keys(self, name: str, config: dict[str, Any]) -> None:
+        model = dataclasses.asdict(convert(state(name), config=config).model)
+        assert {word: model[word] for word in config} == {
+            w: tuple(v) if w == "scales" else v for w, v in config.items()
+        }
+
+    def test_tiles_of_several_sizes(self) -> None:
+        model = msmil.load_published(state("msp_abmil"))
+        with torch.inference_mode():
+            output = model({size: torch.zeros(1, 1, 1, size // 4, size // 4) for size in (128, 256, 384)})
+        assert output.logit_BK.shape == (1, 1)
+        assert output.scale_weight_BKS.shape == (1, 1, 3)
 
     def test_one_input_channel_sums_the_stem(self) -> None:
         torch.manual_seed(0)
