@@ -37,6 +37,10 @@ def test_the_order_of_tiles_is_kept() -> None:
 def test_levels_of_another_model_are_refused() -> None:
     model, levels = small_model(), stored(random_tiles(1, 1))
     finest = model.levels[0]
-    for wrong in ({finest: levels[finest]}, {**levels, finest: levels[finest][:, 0]}, {**levels, finest: levels[32]}):
+    for wrong in (
+        {finest: levels[finest]},
+        {**levels, finest: levels[finest][:, 0]},
+        {**levels, finest: levels[finest][:, :, :3]},
+    ):
         with pytest.raises(UserError, match="the model was called on levels of shapes"):
             model(None, levels=wrong)
