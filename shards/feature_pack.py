@@ -54,6 +54,11 @@ class FeatureJob:
         """Shards that no process has finished."""
         return [shard for shard in range(self.num_shards) if read_sidecar(self, shard) is None]
 
+    def forget(self, shards: Iterable[int]) -> None:
+        """Remove the sidecars of shards that are written again."""
+        for shard in shards:
+            _sidecar_path(self, shard).unlink(missing_ok=True)
+
 
 def write_shard(job: FeatureJob, shard: int, batches: Iterable[Mapping[int, Tensor]], needed_bytes: int) -> None:
     """Write one tar, then its sidecar: a sidecar stands for a tar that is whole.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from shards.work import check_same, locked, start_or_resume
 
 _EXPLAINED: Final = {"encoder": "the encoder has other weights or options now"}
 _PROBES: Final = 4
+_LOOK_EVERY_S: Final = 0.2
 _MARGIN: Final = 1.05  # the probes are a sample
 
 
@@ -140,6 +142,7 @@ def _prepare(stack: ExitStack, job: FeatureJob, fields: dict[str, Any], sizes: S
         return []
     start_or_resume(work, settings, rows_name=ROWS_NAME, explained=_EXPLAINED)
     left = job.left()
+    job.forget(left)
     images = sum(len(job.rows(shard)) for shard in left)
     needed = round(images * sizes.of(job.dtype, zstd=job.zstd) * _MARGIN)
     free = free_bytes(job.out)
@@ -168,8 +171,7 @@ def _write(pipeline: Pipeline, network: MILModel, job: FeatureJob, left: list[in
         batches = counted.over(_encoded(pipeline, network, rows, size=pipeline.config.evaluate.batch_size))
         for shard in mine:
             write_shard(job, shard, batches, image_bytes * len(job.rows(shard)))
-        runtime.barrier()
-        counted.count_others()
+        counted.wait_for_others()
 
 
 class _Counted:
@@ -181,8 +183,15 @@ class _Counted:
     def over(self, batches: Iterator[dict[int, Tensor]]) -> Iterator[dict[int, Tensor]]:
         """The batches, counted as they are taken."""
         for batch in batches:
-            yield batch
             self._bar.update(len(next(iter(batch.values()))))
+            self.count_others()
+            yield batch
+
+    def wait_for_others(self) -> None:
+        """Look at the folder until all is there: a collective would time out where one device is slower by minutes."""
+        self.count_others()
+        while self._others:
+            time.sleep(_LOOK_EVERY_S)
             self.count_others()
 
     def count_others(self) -> None:

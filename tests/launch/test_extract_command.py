@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from launch.cli import parse
+from launch.evaluate import _config as evaluated_config
 from launch.extract import rank_main
 from launch.train import rank_main as train_rank
 from shards.features import read_features
@@ -141,3 +143,11 @@ def test_a_feature_shard_changed_after_the_extraction_stops_training_with_its_na
     reset()
     assert train_rank([config, f"data.features={out}", "train.encoder=frozen", *flips]) == 2
     assert "truncated: 1000 bytes" in one_error(capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(("given", "used"), [([], "stored"), (["--features", "none"], ""), (["--features", "x"], "x")])
+def test_an_evaluation_takes_other_features_or_the_images(tmp_path: Path, given: list[str], used: str) -> None:
+    flips = {"horizontal_flip": 0, "vertical_flip": 0}
+    sections = {"data": {"features": "stored"}, "train": {"encoder": "frozen"}, "bags": {"augment": flips}}
+    write_tiny(tmp_path, tmp_path, **sections).rename(tmp_path / "config.yaml")
+    assert evaluated_config(parse(["evaluate", str(tmp_path), *given])).data.features == used

@@ -67,7 +67,7 @@ def with_features(config: Config, folder: Path, **changes: Any) -> Config:
 
 
 def logits(config: Config) -> list[torch.Tensor]:
-    """Logits of all images, and of the scales where there are any, by the untrained network of a configuration."""
+    """Logits of all images, and of the scales where there are any, by the untrained network."""
     reset()
     pipeline = open_pipeline(config, Runtime(config.train))
     network = make_network(pipeline, pretrained=True)
@@ -307,6 +307,7 @@ def test_sizes_are_told_first_for_every_way_to_store_and_are_true(
     assert rows[0].endswith("<- chosen")
     told = float(rows[0].split("kB")[1].strip())
     tars = encode(config, tmp_path / "out").glob("*.tar")
+    assert "encoding: 96/96 images (100 %)" in capsys.readouterr().err
     assert told == pytest.approx(sum(tar.stat().st_size for tar in tars) / 1000, rel=0.1)  # a tar ends in up to 10 kB
 
 
