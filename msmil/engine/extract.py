@@ -117,7 +117,7 @@ def _job(
         "levels": {str(level): list(shape) for level, shape in sizes.shapes.items()},
         "encoder": encoder_identity(config.model, network.backbone),
         "bags": tiling_identity(config.bags),
-        "data": {"name": manifest.header.name, "fingerprint": manifest.fingerprint},
+        "data": {"name": manifest.header.name, "fingerprint": manifest.header.fingerprint},
         "settings": {"batch_size": batch, "images_per_shard": images_per_shard},
     }
     settings = {**fields, "dtype": storage.dtype, "zstd": storage.zstd}

@@ -54,7 +54,7 @@ def open_features(config: Config, manifest: Manifest) -> Features | None:
         return None
     features = read_features(config.data.features)
     header = features.header
-    before, now = header.data["fingerprint"], manifest.fingerprint
+    before, now = header.data["fingerprint"], manifest.header.fingerprint
     if before != now:
         thing = f"features of data with fingerprint {before[:_SHOWN]}, data.shards has {now[:_SHOWN]}"
         raise _refusal(features, thing, "give the shards that were encoded, or features of these data (msmil extract)")

@@ -1,8 +1,8 @@
 """What each variant of the model costs against plain FPN-AbMIL, in one run: `python -m tests.benchmarks.variants`.
 
 Forward and backward of a training step, time and peak memory per image, beside the ratio of the pixels that the
-encoders see. A variant should not be slower than that ratio by more than 15 %; what its own MIL part (attention of set
-transformers above all) takes is measured alone, from stored instances, and taken off first.
+encoders see. A variant should not be slower than that ratio by more than 15 %; what lies behind the encoder (pyramid,
+MIL, attention of set transformers above all) is measured alone, from what the encoder made before, and taken off first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from msmil.config_checks import tile_sizes
 from msmil.config_io import load_config
 from msmil.engine.pipeline import build_network
 from msmil.models.backbone import freeze_statistics, set_trainable
-from msmil.models.instances import Instances, Tiles
+from msmil.models.instances import Tiles
 from msmil.models.mil import MILModel
 from msmil.types import BagOutput
 
@@ -82,11 +82,11 @@ def make_variant(
     return Variant(file.stem, network.train(), bags(image_B1HW, augment=None).tiles_BNCPP, images)
 
 
-def step(variant: Variant) -> None:
-    """Forward and backward of all heads, in the precision of the experiments."""
+def step(variant: Variant, levels: dict[int, Tensor] | None = None) -> None:
+    """Forward and backward of all heads, in the precision of the experiments; from `levels` without the encoder."""
     device = next(variant.network.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        output: BagOutput = variant.network(variant.tiles)
+        output: BagOutput = variant.network(variant.tiles if levels is None else None, levels=levels)
     total = output.logit_BK.float().sum()
     if output.scale_logit_SBK is not None:
         total = total + output.scale_logit_SBK.float().sum()
@@ -95,21 +95,14 @@ def step(variant: Variant) -> None:
         parameter.grad = None
 
 
-def step_of_mil(variant: Variant) -> Callable[[], None]:
-    """The same step from instances that are encoded already."""
-    network = variant.network
+def step_behind_encoder(variant: Variant) -> Callable[[], None]:
+    """The same step from what the encoder made of the tiles before."""
     with torch.no_grad():
-        encoded = network._instances(variant.tiles, None)
-    stored = {s: Instances(part.x_BNID.float().requires_grad_(), part.mask_BN) for s, part in encoded.items()}
-
-    def run() -> None:
-        network._instances = lambda tiles, mask: stored  # type: ignore[method-assign]
-        try:
-            step(variant)
-        finally:
-            del network._instances
-
-    return run
+        encoded = variant.network.encode(variant.tiles)
+    levels = {
+        level: part.x_MX.unflatten(0, part.bags_tiles).float().requires_grad_() for level, part in encoded.items()
+    }
+    return lambda: step(variant, levels)
 
 
 def seconds(action: Callable[[], None], device: torch.device) -> float:
@@ -150,7 +143,7 @@ def measure(variants: Sequence[Variant], device: torch.device, rounds: int) -> N
     for _ in range(rounds):
         for variant in variants:
             variant.step_s.append(seconds(lambda: step(variant), device))  # noqa: B023 - called at once
-            variant.mil_s.append(seconds(step_of_mil(variant), device))
+            variant.mil_s.append(seconds(step_behind_encoder(variant), device))
 
 
 def table(variants: Sequence[Variant]) -> str:

@@ -150,4 +150,5 @@ def test_an_evaluation_takes_other_features_or_the_images(tmp_path: Path, given:
     flips = {"horizontal_flip": 0, "vertical_flip": 0}
     sections = {"data": {"features": "stored"}, "train": {"encoder": "frozen"}, "bags": {"augment": flips}}
     write_tiny(tmp_path, tmp_path, **sections).rename(tmp_path / "config.yaml")
-    assert evaluated_config(parse(["evaluate", str(tmp_path), *given])).data.features == used
+    args = parse(["evaluate", str(tmp_path), *given])
+    assert evaluated_config(args.folder, args.shards, args.features).data.features == used

@@ -114,6 +114,34 @@ def test_logits_are_those_of_the_frozen_encoder(
         assert (online - offline).abs().max() <= bound * online.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        ({"instance_encoder": "single", "scales": [24]}, {24: (9, 16)}),
+        ({"instance_encoder": "msp", "scales": [16, 24]}, {16: (16, 16), 24: (9, 16)}),
+        ({"nested": True}, {8: (4, 8, 4, 4), 16: (4, 16, 2, 2)}),
+    ],
+    ids=["single", "msp", "nested"],
+)
+def test_every_kind_of_instance_is_stored(
+    tmp_path: Path, packed: Path, model: dict[str, Any], shapes: dict[int, tuple[int, ...]]
+) -> None:
+    """Where tiles are the instances, one vector per tile is all that is kept of it."""
+    config = frozen(tmp_path, packed, bags={**TILES, "tile_overlap": 0.0}, model=model)
+    features = encode(config, tmp_path / "features")
+    assert read_features(features).levels == shapes
+    for online, offline in zip(logits(config), logits(with_features(config, features)), strict=True):
+        assert online.std() > 1e-5
+        assert (online - offline).abs().max() <= 1e-6 * online.abs().max()
+
+
+def test_features_serve_every_fold(tmp_path: Path, packed: Path, stored: Path) -> None:
+    """Another choice of rows is no other data."""
+    whole = with_features(frozen(tmp_path, packed), stored)
+    for fold in (0, 1):
+        check_experiment(replace(whole, data=replace(whole.data, folds=2, fold=fold)), 1)
+
+
 def test_training_from_features_is_training_the_frozen_encoder_online(
     tmp_path: Path, packed: Path, stored: Path
 ) -> None:
