@@ -137,7 +137,7 @@ def test_it_is_evaluated_on_the_data_that_are_named(packed: Path, converted: Pat
     with pytest.raises(UserError, match=r"no data of their own.*--shards"):
         find_checkpoint(RunFolder(converted), "best", other_data=False)
     evaluate_main(
-        _config(str(converted), str(packed)), str(converted), split="test", checkpoint="best", other_data=True
+        _config(str(converted), str(packed), None), str(converted), split="test", checkpoint="best", other_data=True
     )
     results = json.loads((converted / "metrics" / "test.json").read_text())
     assert results["other_data_than_trained_on"] is True
@@ -149,7 +149,7 @@ def test_an_encoder_alone_cannot_be_evaluated(packed: Path, converted: Path) -> 
     save_file({k: v for k, v in weights.items() if k.startswith("backbone.")}, converted / "model.safetensors")
     with pytest.raises(UserError, match="an encoder alone, which judges nothing"):
         evaluate_main(
-            _config(str(converted), str(packed)), str(converted), split="test", checkpoint="best", other_data=True
+            _config(str(converted), str(packed), None), str(converted), split="test", checkpoint="best", other_data=True
         )
 
 
