@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TextIO
+from unittest import mock
+
+from launch.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,9 +55,42 @@ def torchrun(module: str, arguments: Sequence[str], *, ranks: int, deadline_s: f
     return done.stdout
 
 
-def msmil(*arguments: str, deadline_s: float = 120, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    return run([sys.executable, "-m", "launch.cli", *arguments], deadline_s=deadline_s, **more)
+def msmil(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process, since Python with torch takes seconds to start.
+
+    The ranks that it starts are processes as always, and what they print is caught too.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, environment(**more), clear=True))
+        stack.enter_context(contextlib.chdir(ROOT))
+        out = stack.enter_context(_caught(sys.stdout, 1, contextlib.redirect_stdout))
+        err = stack.enter_context(_caught(sys.stderr, 2, contextlib.redirect_stderr))
+        try:
+            code = main(arguments)
+        except SystemExit as end:  # argparse
+            code = int(end.code or 0)
+        texts = [_content(out), _content(err)]
+    return subprocess.CompletedProcess(arguments, code, *texts)
+
+
+@contextmanager
+def _caught(stream: TextIO, descriptor: int, redirect: Callable[[TextIO], Any]) -> Iterator[TextIO]:
+    """Send a stream of this process and of its children to a file for a while."""
+    stream.flush()
+    before = os.dup(descriptor)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file, redirect(file):
+        os.dup2(file.fileno(), descriptor)
+        try:
+            yield file
+        finally:
+            os.dup2(before, descriptor)
+            os.close(before)
+
+
+def _content(file: TextIO) -> str:
+    file.flush()
+    file.seek(0)
+    return file.read()
 
 
 def wait_for(condition: Callable[[], bool], *, deadline_s: float) -> None:
