@@ -35,6 +35,7 @@ class DataConfig:
     )
     fold: int = opt(0, "the fold that validates; the other folds train (`msmil repeat --folds` goes through all)")
     fold_seed: int = opt(0, "seed of the folds; apart from seed, so that repeated runs share them")
+    fold_rule: Literal["seeded", "legacy"] = opt("seeded", "how folds are drawn; legacy: as published, for one label")
     last_batch: Literal["pad", "drop"] = opt("pad", "last global batch of an epoch: fill with weight 0, or leave out")
     shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
     workers: int = opt(2, "decoding processes per rank; 0 decodes in the training process")
@@ -68,6 +69,7 @@ class BagConfig:
         512, "side of a tile in pixels (instances: tiles); for msp and single, the image is padded to a multiple of it"
     )
     tile_overlap: float = opt(0.0, "share of a tile that the next one repeats, 0 <= x < 1 (instances: tiles)")
+    padding: Literal["least", "legacy"] = opt("least", "legacy: a side that fits gets a whole tile more, as published")
     pad_multiple_px: int = opt(128, "image is padded with black up to a multiple of this (instances: image)")
     mean: float = opt(0.3089279, "mean subtracted from intensities in 0..1")
     std: float = opt(0.25053555408335154, "divisor after the mean")

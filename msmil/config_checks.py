@@ -46,6 +46,12 @@ def check_folds(data: DataConfig) -> None:
         require(data.fold == 0, "data.fold", data.fold, "set data.folds too")
     elif folds != "table":
         require(data.fold < folds, "data.fold", data.fold, f"give a number from 0 to {folds - 1}")
+    if data.fold_rule == "legacy":
+        key, fix = "data.fold_rule", "set data.fold_rule: seeded, or "
+        require(isinstance(folds, int), f"{key} (with data.folds: {folds})", "legacy", f"{fix}a number of folds")
+        one = len(data.labels) == 1
+        require(one, f"{key} (with {len(data.labels)} data.labels)", "legacy", f"{fix}name the one label")
+        require(data.fold_seed == 0, "data.fold_seed", data.fold_seed, f"{fix}leave it at 0: legacy folds have no seed")
 
 
 def check_model(config: Config) -> None:

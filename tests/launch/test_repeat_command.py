@@ -164,10 +164,11 @@ def test_more_folds_than_patients_are_refused_before_anything_starts(tmp_path: P
     assert not (tmp_path / "runs").exists()
 
 
-def test_folds_in_the_experiment_and_on_the_command_line_are_refused(tmp_path: Path, packed: Path) -> None:
+def test_other_folds_in_the_experiment_than_on_the_command_line_are_refused(tmp_path: Path, packed: Path) -> None:
     file = str(write_tiny(tmp_path, packed, data={"folds": 3, "fold": 1}))
-    with pytest.raises(UserError, match=r"sets data.folds: 3 itself"):
-        make_parts(file, [], runs=None, folds=3, ranks=1)
+    with pytest.raises(UserError, match=r"sets data.folds: 3 itself.*--folds 3"):
+        make_parts(file, [], runs=None, folds=4, ranks=1)
+    assert len(make_parts(file, [], runs=None, folds=3, ranks=1)) == 3
 
 
 def test_the_folder_of_a_single_run_is_refused(tmp_path: Path, packed: Path) -> None:
