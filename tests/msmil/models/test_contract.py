@@ -30,8 +30,8 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
 def test_strides_and_channels(
     name: str, options: dict[str, Any], scales: tuple[int, ...], channels: tuple[int, ...]
 ) -> None:
-    with torch.device("meta"):
-        backbone = build_backbone(name, scales=(*scales, 128), in_channels=1, tile_hw=(PX, PX), options=options)
+    with torch.device("meta"), torch.no_grad():
+        backbone = build_backbone(name, scales=(*scales, 128), in_channels=1, tile_hw=(PX, PX), options=options).eval()
         maps = backbone(torch.empty(2, 1, PX, PX))
     assert (backbone.strides, backbone.channels) == (scales, channels)
     assert [tuple(m.shape) for m in maps] == [(2, d, PX // s, PX // s) for d, s in zip(channels, scales, strict=True)]
