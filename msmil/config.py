@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msmil.config_checks import check_folds, check_model
+from msmil.config_checks import check_folds, check_frozen, check_model
 from msmil.config_checks import require as _require
 from msmil.config_offline import check_offline
 
@@ -245,13 +245,7 @@ def _check(config: Config) -> None:
         _require(data.last_batch == "drop", key, data.last_batch, fix)
     fix = "the warm-up must not outlast the run"
     _require(config.optim.warmup_epochs <= train.epochs, "optim.warmup_epochs", config.optim.warmup_epochs, fix)
-    if train.encoder == "frozen":
-        fix = "set train.trainable_blocks: all, or train.encoder: finetune"
-        _require(train.trainable_blocks == "all", "train.trainable_blocks", train.trainable_blocks, fix)
-        fix = "set train.head_warmup_epochs: 0, or train.encoder: finetune"
-        _require(train.head_warmup_epochs == 0, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
-        fix = "set train.batch_norm: frozen; a frozen encoder runs in eval mode"
-        _require(train.batch_norm == "frozen", "train.batch_norm", train.batch_norm, fix)
+    check_frozen(train)
     if data.features:
         check_offline(config)
     fix = "the head-only stage must end before the run does"
