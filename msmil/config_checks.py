@@ -1,4 +1,4 @@
-"""What types cannot tell of folds, a frozen encoder and the model section: settings that exclude each other. Imports no torch."""
+"""What types cannot tell of folds, frozen encoders and models: settings that exclude each other. Imports no torch."""
 
 from __future__ import annotations
 
