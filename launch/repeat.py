@@ -85,8 +85,8 @@ def make_parts(file: str, overrides: Sequence[str], *, runs: int | None, folds: 
     """The runs, each checked as far as it can be before the first one starts.
 
     Raises:
-        UserError: as check_experiment for any of them; a folder of something else; folds in the experiment itself; no
-            test images.
+        UserError: as check_experiment for any of them; a folder of something else; other folds in the experiment
+            itself; no test images.
     """
     from msmil.engine.preflight import check_experiment
 
@@ -115,8 +115,8 @@ def _folds(config: Config, folds: Folds) -> dict[str, tuple[str, ...]]:
     from msmil.engine.pipeline import open_data
     from shards.folds import fold_numbers
 
-    if config.data.folds != "none":
-        fix = "leave data.folds to --folds, or repeat this one fold with --runs"
+    if config.data.folds not in ("none", folds):
+        fix = f"give --folds {config.data.folds}, set data.folds=none, or repeat this one fold with --runs"
         raise UserError(f"the experiment sets data.folds: {config.data.folds} itself", fix=fix)
     numbers = fold_numbers(open_data(config), folds)
     return {f"{_FOLD}{i}": (f"data.folds={folds}", f"data.fold={i}") for i in numbers}

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msmil.config_checks import check_folds, check_model
+from msmil.config_checks import check_folds, check_frozen, check_model
 from msmil.config_checks import require as _require
 from msmil.config_offline import check_offline
 
@@ -35,6 +35,7 @@ class DataConfig:
     )
     fold: int = opt(0, "the fold that validates; the other folds train (`msmil repeat --folds` goes through all)")
     fold_seed: int = opt(0, "seed of the folds; apart from seed, so that repeated runs share them")
+    fold_rule: Literal["seeded", "legacy"] = opt("seeded", "how folds are drawn; legacy: as published, for one label")
     last_batch: Literal["pad", "drop"] = opt("pad", "last global batch of an epoch: fill with weight 0, or leave out")
     shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
     workers: int = opt(2, "decoding processes per rank; 0 decodes in the training process")
@@ -68,6 +69,7 @@ class BagConfig:
         512, "side of a tile in pixels (instances: tiles); for msp and single, the image is padded to a multiple of it"
     )
     tile_overlap: float = opt(0.0, "share of a tile that the next one repeats, 0 <= x < 1 (instances: tiles)")
+    padding: Literal["least", "legacy"] = opt("least", "legacy: a side that fits gets a whole tile more, as published")
     pad_multiple_px: int = opt(128, "image is padded with black up to a multiple of this (instances: image)")
     mean: float = opt(0.3089279, "mean subtracted from intensities in 0..1")
     std: float = opt(0.25053555408335154, "divisor after the mean")
@@ -243,13 +245,7 @@ def _check(config: Config) -> None:
         _require(data.last_batch == "drop", key, data.last_batch, fix)
     fix = "the warm-up must not outlast the run"
     _require(config.optim.warmup_epochs <= train.epochs, "optim.warmup_epochs", config.optim.warmup_epochs, fix)
-    if train.encoder == "frozen":
-        fix = "set train.trainable_blocks: all, or train.encoder: finetune"
-        _require(train.trainable_blocks == "all", "train.trainable_blocks", train.trainable_blocks, fix)
-        fix = "set train.head_warmup_epochs: 0, or train.encoder: finetune"
-        _require(train.head_warmup_epochs == 0, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
-        fix = "set train.batch_norm: frozen; a frozen encoder runs in eval mode"
-        _require(train.batch_norm == "frozen", "train.batch_norm", train.batch_norm, fix)
+    check_frozen(train)
     if data.features:
         check_offline(config)
     fix = "the head-only stage must end before the run does"

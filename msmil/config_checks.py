@@ -1,4 +1,4 @@
-"""What types cannot tell of folds and of the model section: settings that exclude each other. Imports no torch."""
+"""What types cannot tell of folds, frozen encoders and models: settings that exclude each other. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from msmil.config import Config, DataConfig, ModelConfig
+    from msmil.config import Config, DataConfig, ModelConfig, TrainConfig
 
 PYRAMIDS: Final = ("fpn", "backbone_pyramid")
 _WITHOUT_ATTENTION: Final = ("max", "mean")
@@ -46,6 +46,28 @@ def check_folds(data: DataConfig) -> None:
         require(data.fold == 0, "data.fold", data.fold, "set data.folds too")
     elif folds != "table":
         require(data.fold < folds, "data.fold", data.fold, f"give a number from 0 to {folds - 1}")
+    if data.fold_rule == "legacy":
+        key, fix = "data.fold_rule", "set data.fold_rule: seeded, or "
+        require(isinstance(folds, int), f"{key} (with data.folds: {folds})", "legacy", f"{fix}a number of folds")
+        one = len(data.labels) == 1
+        require(one, f"{key} (with {len(data.labels)} data.labels)", "legacy", f"{fix}name the one label")
+        require(data.fold_seed == 0, "data.fold_seed", data.fold_seed, f"{fix}leave it at 0: legacy folds have no seed")
+
+
+def check_frozen(train: TrainConfig) -> None:
+    """Refuse what makes no sense of an encoder that does not train.
+
+    Raises:
+        UserError: naming the key, its value and the fix.
+    """
+    if train.encoder != "frozen":
+        return
+    fix = "set train.trainable_blocks: all, or train.encoder: finetune"
+    require(train.trainable_blocks == "all", "train.trainable_blocks", train.trainable_blocks, fix)
+    fix = "set train.head_warmup_epochs: 0, or train.encoder: finetune"
+    require(train.head_warmup_epochs == 0, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
+    fix = "set train.batch_norm: frozen; a frozen encoder runs in eval mode"
+    require(train.batch_norm == "frozen", "train.batch_norm", train.batch_norm, fix)
 
 
 def check_model(config: Config) -> None:

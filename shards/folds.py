@@ -19,10 +19,13 @@ from shards.splits import draw
 from shards.types import SPLITS
 
 Folds = Literal["table"] | int
+Rule = Literal["seeded", "legacy"]
 _COLUMN: Final = "fold"
 
 
-def with_fold(manifest: Manifest, *, folds: Folds, fold: int, seed: int, labels: Sequence[str]) -> Manifest:
+def with_fold(
+    manifest: Manifest, *, folds: Folds, fold: int, seed: int, labels: Sequence[str], rule: Rule = "seeded"
+) -> Manifest:
     """The folder with fold `fold` as its validation split; all other images outside test train, test stays.
 
     The fingerprint is that of the choice, so that a run of one fold cannot go on with another.
@@ -31,14 +34,21 @@ def with_fold(manifest: Manifest, *, folds: Folds, fold: int, seed: int, labels:
         manifest: as it was packed; what it holds as train and val is cut anew.
         folds: their number, or "table" for those that the packed table had.
         fold: the one that validates.
-        seed: of the folds; without effect on those of the table.
-        labels: what the folds are stratified by.
+        seed: of the folds; without effect on those of the table and of `legacy`.
+        labels: what the folds are stratified by; one for `legacy`.
+        rule: how a number of folds is drawn: `fold_of_patients`, or `published_folds` (legacy).
 
     Raises:
         UserError: more folds than patients; the table has no such fold, images without one, or a patient in two.
     """
     row_M = _development_rows(manifest)
-    fold_M = _folds_of_table(manifest, row_M) if folds == "table" else _seeded(manifest, row_M, folds, seed, labels)
+    if folds == "table":
+        fold_M = _folds_of_table(manifest, row_M)
+    elif rule == "legacy":
+        patient_M = _enough_patients(manifest, row_M, folds)
+        fold_M = published_folds(patient_M, manifest.label_NK(labels)[row_M, 0] == 1, folds)
+    else:
+        fold_M = _seeded(manifest, row_M, folds, seed, labels)
     known = sorted(set(fold_M.tolist()))
     if fold not in known:
         raise UserError(f"no training image is in fold {fold}", fix=f"choose from {known}", file=manifest.directory)
@@ -75,6 +85,28 @@ def fold_of_patients(positives: Mapping[str, tuple[str, ...]], folds: int, seed:
     return {patient: position % folds for position, patient in enumerate(ordered)}
 
 
+def published_folds(patient_M: Sequence[str], positive_M: NDArray[np.bool_], folds: int) -> NDArray[np.int64]:
+    """The folds of FPN-MIL's published code: scikit-learn's StratifiedGroupKFold, by patient and one label.
+
+    The first of five is its validation split. It shuffles the images before, which changes no fold: only the patients'
+    labels and the order of their ids count. Ids that are all whole numbers are ordered as such, as pandas reads them.
+
+    Args:
+        patient_M: of each image.
+        positive_M: whether the image is positive; unknown is negative there.
+        folds: how many.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    numbers = all(patient.isdecimal() for patient in patient_M)
+    group_M = np.array([int(patient) for patient in patient_M] if numbers else patient_M)
+    fold_M = np.zeros(len(group_M), np.int64)
+    splits = StratifiedGroupKFold(folds).split(fold_M, positive_M, group_M)
+    for fold, (_, validating) in enumerate(splits):
+        fold_M[validating] = fold
+    return fold_M
+
+
 def _development_rows(manifest: Manifest) -> NDArray[np.int64]:
     return np.sort(np.concatenate([manifest.rows("train"), manifest.rows("val")]))
 
@@ -82,16 +114,22 @@ def _development_rows(manifest: Manifest) -> NDArray[np.int64]:
 def _seeded(
     manifest: Manifest, row_M: NDArray[np.int64], folds: int, seed: int, labels: Sequence[str]
 ) -> NDArray[np.int64]:
-    patient_M = manifest.text("patient_id", row_M)
+    patient_M = _enough_patients(manifest, row_M, folds)
     found: dict[str, set[str]] = {}
     for patient, label_K in zip(patient_M, manifest.label_NK(labels)[row_M].tolist(), strict=True):
         positive = (label for label, value in zip(labels, label_K, strict=True) if value == 1)
         found.setdefault(patient, set()).update(positive)
-    if len(found) < folds:
-        thing = f"data.folds is {folds}, but only {len(found)} patients are outside the test split"
-        raise UserError(thing, fix=f"give at most {len(found)}", file=manifest.directory)
     fold_of = fold_of_patients({patient: tuple(sorted(names)) for patient, names in found.items()}, folds, seed)
     return np.array([fold_of[patient] for patient in patient_M], np.int64)
+
+
+def _enough_patients(manifest: Manifest, row_M: NDArray[np.int64], folds: int) -> Sequence[str]:
+    """The patients of these rows, of whom there are at least as many as folds."""
+    patient_M: Sequence[str] = manifest.text("patient_id", row_M)
+    if (patients := len(set(patient_M))) < folds:
+        thing = f"data.folds is {folds}, but only {patients} patients are outside the test split"
+        raise UserError(thing, fix=f"give at most {patients}", file=manifest.directory)
+    return patient_M
 
 
 def _folds_of_table(manifest: Manifest, row_M: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from shards.pack import pack
 from shards.recipes import AsIs
 from shards.sources.grouped_table import read_grouped_table
 from tests.archives import LABELS, GroupedArchive, make_grouped_archive
+from tests.experiments import save_blank
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,3 +39,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = read_grouped_table(archive.table, archive.images)
     pack(rows, folder / "shards", recipe=AsIs(), labels=LABELS, samples_per_shard=12, processes=1, quiet=True)
     return folder / "shards"
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are composed, and saved as one grey pixel: where nobody looks at them, drawing them takes longest."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)

@@ -19,9 +19,12 @@ from msmil.types import Bag
 def padded_size(height_px: int, width_px: int, config: BagConfig) -> tuple[int, int]:
     """Height and width after padding: the next multiple of the tile side, or of `pad_multiple_px` in image mode.
 
-    A side that is a multiple already stays (the published code adds a whole tile there).
+    A side that is a multiple already stays. With `padding: legacy` it gets one more, as in the published code:
+    n + (P - n % P).
     """
     multiple = config.tile_size_px if config.instances == "tiles" else config.pad_multiple_px
+    if config.padding == "legacy":
+        height_px, width_px = height_px + 1, width_px + 1
     return -(-height_px // multiple) * multiple, -(-width_px // multiple) * multiple
 
 

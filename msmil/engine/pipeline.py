@@ -80,7 +80,9 @@ def open_data(config: Config) -> Manifest:
     data = config.data
     if data.folds == "none":
         return manifest
-    return with_fold(manifest, folds=data.folds, fold=data.fold, seed=data.fold_seed, labels=data.labels)
+    return with_fold(
+        manifest, folds=data.folds, fold=data.fold, seed=data.fold_seed, labels=data.labels, rule=data.fold_rule
+    )
 
 
 def open_pipeline(config: Config, runtime: Runtime) -> Pipeline:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from msmil.evaluation.bootstrap import PatientBootstrap, interval
 from msmil.evaluation.classification import METRICS, Scores, choose_threshold, rank, scores
+from msmil.evaluation.legacy import LEGACY_THRESHOLD, legacy_scores
 from msmil.evaluation.predictions import check_predictions
 from msmil.types import Prediction
 from shards.types import UNKNOWN
@@ -45,6 +46,7 @@ def classification_results(
     "threshold", "positives", "images", "patients" (of images with a known label), "undefined" {metric: reason},
     "undefined_replicates" {metric: count}, "scales" {stride: the same metrics}}}, "mean_auroc" over the labels that
     have an AUROC, "mean_auroc_ci", and how it was made. A metric that is undefined is None, with its reason.
+    "legacy" {label: {each of LEGACY_METRICS, "scales" {stride: the same}}} counts as the published code does.
 
     Raises UserError, naming the image, for what `check_predictions` refuses.
     """
@@ -52,6 +54,7 @@ def classification_results(
     check_predictions(validation, labels, scales)
     bootstrap = PatientBootstrap([p.patient_id for p in test], replicates=replicates, seed=seed)
     by_label: dict[str, Any] = {}
+    legacy: dict[str, Any] = {}
     auroc_LR: list[Array] = []
     for label in labels:
         merged, auroc_R = _branch(test, validation, label, None, bootstrap, confidence)
@@ -64,11 +67,15 @@ def classification_results(
             str(scale): _branch(test, validation, label, scale, bootstrap, confidence)[0] for scale in branches
         }
         by_label[label] = merged
+        legacy[label] = legacy_scores(*columns(test, label, None)) | {
+            "scales": {str(scale): legacy_scores(*columns(test, label, scale)) for scale in branches}
+        }
         if merged["auroc"] is not None:
             auroc_LR.append(auroc_R)
     aurocs = [by_label[label]["auroc"] for label in labels if by_label[label]["auroc"] is not None]
     return {
         "labels": by_label,
+        "legacy": legacy,
         "mean_auroc": float(np.mean(aurocs)) if aurocs else None,
         "mean_auroc_ci": _interval(np.mean(auroc_LR, axis=0), confidence) if auroc_LR else None,
         "images": len(test),
@@ -138,6 +145,8 @@ def results_table(results: Mapping[str, Any], localisation: Mapping[str, Any] | 
         rows += [_row(f"scale {scale}", branch) for scale, branch in merged["scales"].items()]
         lines += aligned(rows)
         lines += [f"  no {name}: {reason}" for name, reason in merged["undefined"].items()]
+        f1, accuracy = (number(results["legacy"][label][name]) for name in ("f1_weighted", "balanced_accuracy"))
+        lines.append(f"  as published, at {LEGACY_THRESHOLD}: weighted F1 {f1}, balanced accuracy {accuracy}")
     mean = _with_interval(results["mean_auroc"], results["mean_auroc_ci"])
     lines += ["", f"Mean AUROC over labels: {mean}"]
     if localisation:

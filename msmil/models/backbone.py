@@ -16,9 +16,11 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from msmil.models.mammoclip import ENCODERS
+from msmil.models.timm_nets import create, drop_unused_stages, first_line, level_indices, with_drop_path
 from shards.errors import UserError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CHECKED: dict[str, frozenset[str]] = {}  # the parameters in use of every architecture that was built before
 _NOT_BLOCKS = ("stem", "patch_embed", "downsample")  # timm's names of what lies before and between blocks
 
 
@@ -27,12 +29,15 @@ class Backbone(nn.Module):
 
     net: the timm model; its parameters keep timm's names under `net.`.
     strides, channels: of the maps, by timm's `feature_info`, checked against the shapes the model really returns.
+    architecture: all that these shapes depend on; each is checked once per process.
 
     What does not train runs in eval mode, whatever `train()` asks for. See `set_trainable` and
     `freeze_statistics`.
     """
 
-    def __init__(self, net: nn.Module, *, name: str, in_channels: int, tile_hw: tuple[int, int]) -> None:
+    def __init__(
+        self, net: nn.Module, *, name: str, in_channels: int, tile_hw: tuple[int, int], architecture: str
+    ) -> None:
         super().__init__()
         info: Any = net.feature_info
         self.net = net
@@ -41,7 +46,9 @@ class Backbone(nn.Module):
         self.channels: tuple[int, ...] = tuple(info.channels())
         self.frozen_statistics = False
         self._channels_last_output = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
-        self._used = self._check_contract(in_channels, tile_hw)
+        if architecture not in _CHECKED:
+            _CHECKED[architecture] = self._check_contract(in_channels, tile_hw)
+        self._used = _CHECKED[architecture]
         set_trainable_parameters(self, "all")
 
     def forward(self, image_MCHW: Tensor) -> list[Tensor]:
@@ -78,8 +85,9 @@ class Backbone(nn.Module):
             with torch.inference_mode(False), torch.enable_grad():
                 maps = self._maps(functional_call(self.net, {**parameters, **buffers}, (image,)))
         except (AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
+            size = f"{in_channels} x {height} x {width} pixels"
             raise UserError(
-                f"model.backbone {self.name!r} cannot take {in_channels} x {height} x {width} pixels: {_first(error)}",
+                f"model.backbone {self.name!r} cannot take {size}: {first_line(error)}",
                 fix="choose a convolutional backbone, or name the size in model.backbone_options, "
                 f"for example img_size: [{height}, {width}]",
             ) from error
@@ -91,8 +99,8 @@ class Backbone(nn.Module):
                 f"model.backbone {self.name!r} returns maps {found} where its strides promise {promised}",
                 fix="choose another backbone, or an image size that is a multiple of the strides",
             )
-        gradients = torch.autograd.grad([m.sum() for m in maps], list(parameters.values()), allow_unused=True)
-        return frozenset(name for name, g in zip(parameters, gradients, strict=True) if g is not None)
+        used = _reached(maps)
+        return frozenset(name for name, parameter in parameters.items() if id(parameter) in used)
 
 
 class HasBackbone(Protocol):
@@ -141,17 +149,18 @@ def build_backbone(
     own = {} if published is None else published.options
     arguments = {"features_only": True, "in_chans": in_channels, **own, **(options or {})}
     with torch.device("meta"):
-        probe, arguments = _with_drop_path(timm_name, arguments, drop_path_rate)
+        probe, arguments = with_drop_path(timm_name, arguments, drop_path_rate)
     info: Any = probe.feature_info
     if scales is None:
         scales = (last := max(info.reduction()),)
         tile_hw = (-(-tile_hw[0] // last) * last, -(-tile_hw[1] // last) * last)
-    indices = _level_indices(name, info, scales)
-    net = _create(timm_name, {**arguments, "out_indices": indices}, pretrained=pretrained)
+    indices = level_indices(name, info, scales)
+    net = create(timm_name, {**arguments, "out_indices": indices}, pretrained=pretrained)
     if published is not None:
         published.apply_padding(net)
-    _drop_unused_stages(net)
-    return Backbone(net, name=name, in_channels=in_channels, tile_hw=tile_hw)
+    drop_unused_stages(net)
+    architecture = repr((name, sorted(arguments.items()), indices, in_channels, tile_hw))
+    return Backbone(net, name=name, in_channels=in_channels, tile_hw=tile_hw, architecture=architecture)
 
 
 def ordered_blocks(backbone: Backbone) -> list[nn.Module]:
@@ -217,68 +226,6 @@ def set_gradient_checkpointing(model: HasBackbone, enable: bool = True) -> None:
         ) from error
 
 
-def _level_indices(name: str, feature_info: Any, scales: Sequence[int]) -> tuple[int, ...]:
-    """Feature indices of the wanted strides; where several maps share a stride, the deepest."""
-    count = len(feature_info.info)
-    offered = dict(zip(feature_info.reduction(), (i % count for i in feature_info.out_indices), strict=True))
-    coarsest = max(offered)
-    levels = [s for s in scales if s <= coarsest]
-    missing = [s for s in levels if s not in offered]
-    if missing or not levels:
-        raise UserError(
-            f"model.scales asks for strides {missing or list(scales)}, "
-            f"but backbone {name!r} has the strides {sorted(offered)}",
-            fix=f"take scales from {sorted(offered)} and at most coarser ones beside them, or choose another backbone",
-        )
-    return tuple(offered[s] for s in levels)
-
-
-def _with_drop_path(name: str, arguments: dict[str, Any], rate: float) -> tuple[nn.Module, dict[str, Any]]:
-    """The model, and its arguments with the drop-path rate where it has one."""
-    with_rate = {**arguments, "drop_path_rate": rate}
-    try:
-        return _create(name, with_rate), with_rate
-    except UserError as error:
-        if "drop_path_rate" not in error.thing:
-            raise
-        if rate > 0:
-            raise UserError(
-                f"model.drop_path_rate is {rate}, but backbone {name!r} has no stochastic depth",
-                fix="set model.drop_path_rate: 0.0",
-            ) from error
-    return _create(name, arguments), arguments
-
-
-def _create(name: str, arguments: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
-    try:
-        net: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
-    except TypeError as error:
-        raise UserError(
-            f"backbone {name!r} does not take the options given: {_first(error)}",
-            fix="correct model.backbone_options; they are arguments of timm.create_model",
-        ) from error
-    except Exception as error:  # timm, the hub and its transport each raise their own kinds
-        if pretrained:
-            raise UserError(
-                f"the pretrained weights of {name!r} could not be loaded ({type(error).__name__}: {_first(error)})",
-                fix="connect to huggingface.co, fill its cache (HF_HOME) on a machine that is, "
-                "or set model.pretrained: false",
-            ) from error
-        raise UserError(
-            f"timm cannot build {name!r} as a feature extractor ({type(error).__name__}: {_first(error)})",
-            fix="choose a backbone that supports features_only, or correct model.backbone_options",
-        ) from error
-    return net
-
-
-def _drop_unused_stages(net: nn.Module) -> None:
-    """EfficientNet-like extractors build stages behind the last wanted map: take them off."""
-    last: dict[str, Any] = net.feature_info.get_dicts()[-1]  # type: ignore[union-attr, operator]
-    blocks = getattr(net, "blocks", None)
-    if isinstance(blocks, nn.Sequential) and "stage" in last:
-        net.blocks = blocks[: last["stage"]]
-
-
 def _walk(module: nn.Module) -> Iterator[nn.Module]:
     for name, child in module.named_children():
         if name.startswith(_NOT_BLOCKS):
@@ -289,6 +236,16 @@ def _walk(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _first(error: BaseException) -> str:
-    """First line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _reached(maps: Sequence[Tensor]) -> set[int]:
+    """The ids of the leaves that these depend on, found by walking their graph (a backward pass costs more)."""
+    found: set[int] = set()
+    nodes: list[Any] = [feature.grad_fn for feature in maps]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        further = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= further
+        nodes += further
+    return found

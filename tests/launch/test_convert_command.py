@@ -133,6 +133,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_it_is_evaluated_on_the_data_that_are_named(packed: Path, converted: Path) -> None:
     with pytest.raises(UserError, match=r"no data of their own.*--shards"):
         find_checkpoint(RunFolder(converted), "best", other_data=False)

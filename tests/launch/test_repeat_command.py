@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 import yaml
 
+from launch import evaluate, train
 from launch.cli import main
 from launch.repeat import make_parts
 from msmil.config_io import load_config
@@ -24,34 +24,44 @@ from msmil.engine.run import check_data
 from msmil.engine.runtime import Runtime
 from shards.errors import UserError
 from shards.manifest import read_manifest
-from tests.experiments import write_tiny
-from tests.worlds import children_running, wait_for
+from tests.experiments import save_blank, write_tiny
+from tests.msmil.engine.test_train import reset
 
 FOLDS = ("fold_0", "fold_1")
 
 
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Path:
-    """Two folds; the rank that trains the second one is killed, and the same command started again."""
+    """Two folds; the training of the second one dies at once, and the same command is started again.
+
+    The ranks run in this process; what a rank does that is killed in the middle is tested in test_train_command.
+    """
     config = write_tiny(tmp_path_factory.mktemp("repeated"), packed, train={"epochs": 1})
     command = ["repeat", str(config), "--folds", "2", "--ranks", "1"]
     root = config.parent / "runs" / "tiny"
-    killer = Thread(target=kill_training_after, args=(root / "fold_0",))
-    killer.start()
-    assert main(command) == 128 + signal.SIGKILL
-    killer.join()
-    assert not (root / "summary.csv").exists()
-    (root / "before.txt").write_text(str((root / "fold_0" / "metrics" / "test.json").stat().st_mtime_ns))
-    assert main(command) == 0
+    ranks = {"launch.train": train.rank_main, "launch.evaluate": evaluate.rank_main}
+    started: list[str] = []
+
+    def start(module: str, arguments: Sequence[str], **_options: Any) -> int:
+        started.append(module)
+        if len(started) == 3:
+            return 128 + signal.SIGKILL
+        reset()
+        return ranks[module](arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr("matplotlib.figure.Figure.savefig", save_blank)
+        for module in (train, evaluate):
+            patch.setattr(module, "start_ranks", start)
+        assert main(command) == 128 + signal.SIGKILL
+        assert started == ["launch.train", "launch.evaluate", "launch.train"]
+        assert not (root / "summary.csv").exists()
+        (root / "before.txt").write_text(str((root / "fold_0" / "metrics" / "test.json").stat().st_mtime_ns))
+        assert main(command) == 0
+        assert started[3:] == ["launch.train", "launch.evaluate"]
+    reset()
     return root
-
-
-def kill_training_after(folder: Path) -> None:
-    """Kill the next training that starts once this run is evaluated."""
-    wait_for((folder / "metrics" / "test.json").exists, deadline_s=240)
-    wait_for(lambda: bool(children_running("launch.train", os.getpid())), deadline_s=240)
-    for pid in children_running("launch.train", os.getpid()):
-        os.kill(pid, signal.SIGKILL)
 
 
 def metrics(root: Path, fold: str) -> dict[str, Any]:
@@ -164,10 +174,11 @@ def test_more_folds_than_patients_are_refused_before_anything_starts(tmp_path: P
     assert not (tmp_path / "runs").exists()
 
 
-def test_folds_in_the_experiment_and_on_the_command_line_are_refused(tmp_path: Path, packed: Path) -> None:
+def test_other_folds_in_the_experiment_than_on_the_command_line_are_refused(tmp_path: Path, packed: Path) -> None:
     file = str(write_tiny(tmp_path, packed, data={"folds": 3, "fold": 1}))
-    with pytest.raises(UserError, match=r"sets data.folds: 3 itself"):
-        make_parts(file, [], runs=None, folds=3, ranks=1)
+    with pytest.raises(UserError, match=r"sets data.folds: 3 itself.*--folds 3"):
+        make_parts(file, [], runs=None, folds=4, ranks=1)
+    assert len(make_parts(file, [], runs=None, folds=3, ranks=1)) == 3
 
 
 def test_the_folder_of_a_single_run_is_refused(tmp_path: Path, packed: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import zlib
@@ -22,11 +23,12 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def published_state(name: str) -> dict[str, Tensor]:
-    """The published state dict of a configuration, generated from its keys by the rule in spec.json."""
+    """The published state dict of a configuration, generated from its keys as spec.json says; only to be read."""
     keys = json.loads((DATA / f"keys_{name}.json").read_text())["keys"]
     return {key: _weight(key, tuple(shape), dtype) for key, shape, dtype in keys}
 
 
+@functools.cache
 def _weight(key: str, shape: tuple[int, ...], dtype: str) -> Tensor:
     if dtype.startswith("int"):
         return torch.zeros(shape, dtype=torch.int64)

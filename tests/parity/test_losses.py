@@ -31,12 +31,16 @@ def output(*, deep_supervision: bool) -> BagOutput:
 
 
 @pytest.mark.parametrize("result", GOLDEN["results"], ids=lambda r: f"pos_weight {r['pos_weight']:.2f}")
-@pytest.mark.parametrize("deep_supervision", [True, False])
-def test_loss_is_the_published_one(result: dict[str, float], deep_supervision: bool) -> None:
+@pytest.mark.parametrize(
+    ("deep_supervision", "fused_head", "total"),
+    [(True, True, "deep_supervision_total"), (False, True, "aggregated"), (True, False, "mean_p_or_max_p_total")],
+)
+def test_loss_is_the_published_one(
+    result: dict[str, float], deep_supervision: bool, fused_head: bool, total: str
+) -> None:
     label_BK = torch.tensor(GOLDEN["labels"])[:, None].to(torch.int8)
-    loss = BagLoss(LossConfig(), [result["pos_weight"]])
+    loss = BagLoss(LossConfig(), [result["pos_weight"]], fused_head=fused_head)
     parts = loss(output(deep_supervision=deep_supervision), label_BK, torch.ones(3), global_count=3)
     assert float(parts.aggregated) == pytest.approx(result["aggregated"], rel=1e-6)
     assert float(sum(parts.per_scale.values())) == pytest.approx(result["side_sum"] * deep_supervision, rel=1e-6)
-    expected = result["deep_supervision_total"] if deep_supervision else result["aggregated"]
-    assert float(parts.total) == pytest.approx(expected, rel=1e-6)
+    assert float(parts.total) == pytest.approx(result[total], rel=1e-6)

@@ -92,7 +92,7 @@ _PARTS = {
 @pytest.mark.parametrize("name", ["mammoclip_b2", "mammoclip_b5"])
 def test_both_encoders_are_what_a_plain_computation_gives(name: str) -> None:
     """Convolutions and norms written out, with the padding that TensorFlow's rule gives for the published input."""
-    image_MCHW = tiny_bags()[0, :1, :, :96, :96].double()
+    image_MCHW = tiny_bags()[0, :1, :, :64, :64].double()
     plain = dict(plain_endpoints(published_state(name), STAGES[name], PIXELS[name], image_MCHW))
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, BOUND)):
         ours = endpoints(copy.deepcopy(backbone(name)).to(dtype), image_MCHW.to(dtype))
@@ -103,7 +103,7 @@ def test_both_encoders_are_what_a_plain_computation_gives(name: str) -> None:
 
 
 def test_one_channel_gives_what_three_equal_ones_give() -> None:
-    image_MCHW = tiny_bags()[0, :1, :, :96, :96].double()
+    image_MCHW = tiny_bags()[0, :1, :, :64, :64].double()
     three = backbone("mammoclip_b2")(image_MCHW)
     one = backbone("mammoclip_b2", in_channels=1)(image_MCHW[:, :1])
     for a, b in zip(three, one, strict=True):

@@ -80,6 +80,19 @@ def test_a_fold_has_a_fingerprint_of_its_own(manifest: Manifest) -> None:
     assert cut(manifest, 3, 0).fingerprint in prints
 
 
+def test_legacy_folds_are_those_of_one_label_and_have_no_seed(manifest: Manifest) -> None:
+    views = [
+        with_fold(manifest, folds=5, fold=0, seed=seed, labels=(label,), rule="legacy")
+        for label in LABELS
+        for seed in (0, 1)
+    ]
+    validating = [patients(view, "val") for view in views]
+    assert validating[0] == validating[1] != validating[2] == validating[3]
+    assert all(3 <= len(part) <= 4 for part in validating)
+    with pytest.raises(UserError, match=r"data.folds is 19, but only 18 patients"):
+        with_fold(manifest, folds=19, fold=0, seed=0, labels=LABELS[:1], rule="legacy")
+
+
 def test_a_decoding_process_gets_the_same_fold(manifest: Manifest) -> None:
     view = cut(manifest, 3, 1)
     other = pickle.loads(pickle.dumps(view))

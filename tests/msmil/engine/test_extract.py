@@ -142,6 +142,7 @@ def test_features_serve_every_fold(tmp_path: Path, packed: Path, stored: Path) -
         check_experiment(replace(whole, data=replace(whole.data, folds=2, fold=fold)), 1)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_training_from_features_is_training_the_frozen_encoder_online(
     tmp_path: Path, packed: Path, stored: Path
 ) -> None:

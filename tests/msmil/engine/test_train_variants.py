@@ -50,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
 
 
 @pytest.fixture(autouse=True)
-def _one_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _one_world(monkeypatch: pytest.MonkeyPatch, blank_figures: None) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
