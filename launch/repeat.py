@@ -63,8 +63,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check all runs, then train and evaluate one after the other, and write the summary."""
     ranks = default_ranks() if args.ranks is None else args.ranks
-    from msmil.engine.done import read_results
-    from msmil.engine.run_folder import RunFolder
+    from msmil.engine.run_folder import RunFolder, read_results
     from msmil.evaluation.summary import summarise, summary_table, write_summary
 
     config = load_config(args.config, args.overrides)

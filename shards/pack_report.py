@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from shards import samples
 from shards.files import human_bytes
 from shards.manifest import Header
+from shards.tables import aligned
 from shards.types import SPLITS, UNKNOWN
 
 
@@ -25,7 +26,7 @@ class PackReport:
     header: Header
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), "", *_aligned(self._rows()), *self._remarks()])
+        return "\n".join([*self._head(), "", *aligned(self._rows()), *self._remarks()])
 
     def _head(self) -> list[str]:
         header = self.header
@@ -76,11 +77,3 @@ def count(table: pa.Table, labels: Sequence[str]) -> dict[str, Any]:
 
 def _line(name: str, by_split: dict[str, int]) -> list[str]:
     return [name, *(str(by_split[split]) for split in SPLITS), str(sum(by_split.values()))]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]

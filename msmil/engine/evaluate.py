@@ -14,7 +14,8 @@ from msmil.config import Config
 from msmil.detection.breast import breast_masks
 from msmil.detection.heatmap import map_names, maps
 from msmil.detection.localisation import PeakHits
-from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest, pointed
+from msmil.engine.checkpoint import Checkpoint, load_checkpoint
+from msmil.engine.checkpoint_state import newest, pointed
 from msmil.engine.pictures import map_figures
 from msmil.engine.pipeline import Pipeline, build_network, open_pipeline, with_encoder_of
 from msmil.engine.predict import forward_batches, predict
@@ -60,7 +61,7 @@ def evaluate(
     Raises:
         UserError: no checkpoint, other data, no images in the split; a probability that is not finite.
     """
-    open_log(folder.log if runtime.is_main else None)
+    open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
     found = find_checkpoint(folder, checkpoint, other_data=other_data)
     evaluation = open_evaluation(config, folder, runtime, found, other_data=other_data)
     pipeline, scales = evaluation.pipeline, evaluation.network.scales

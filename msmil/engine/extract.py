@@ -165,7 +165,7 @@ def _write(pipeline: Pipeline, network: MILModel, job: FeatureJob, left: list[in
     others = [shard for shard in left if shard not in mine]
     rows = np.concatenate([np.array(job.rows(shard), np.int64) for shard in mine] or [np.empty(0, np.int64)])
     total = len(job.manifest)
-    with progress(total, "encoding", "images", quiet=not runtime.is_main) as bar:
+    with progress(total, "encoding", "images", quiet=runtime.quiet or not runtime.is_main) as bar:
         bar.update(total - sum(len(job.rows(shard)) for shard in left))
         counted = _Counted(bar, job, others)
         batches = counted.over(_encoded(pipeline, network, rows, size=pipeline.config.evaluate.batch_size))
