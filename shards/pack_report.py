@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ class PackReport:
 
     def __str__(self) -> str:
         return "\n".join([*self._head(), "", *aligned(self._rows()), *self._remarks()])
+
+    def summary(self) -> dict[str, Any]:
+        """The same for a script: manifest.json with the number and size of the shards instead of their list."""
+        about = asdict(self.header)
+        shards = about.pop("shards")
+        about.pop("samples")
+        num_bytes = sum(shard["num_bytes"] for shard in shards)
+        return {"directory": str(self.directory), **about, "num_shards": len(shards), "num_bytes": num_bytes}
 
     def _head(self) -> list[str]:
         header = self.header

@@ -24,7 +24,7 @@ from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import log, open_log
 from msmil.evaluation.predictions import write_atomically, write_predictions
-from msmil.evaluation.results import classification_results, results_table
+from msmil.evaluation.results import classification_results
 from msmil.models.centres import CellOffsets, cell_centres
 from msmil.models.mil import MILModel
 from msmil.models.weights import WEIGHTS_FILE, load_weights
@@ -227,7 +227,6 @@ def _write(
         save(figure, folder.figures / f"{split}_{name}.png")
     text = json.dumps(results, indent=2, allow_nan=False)
     write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
-    print(results_table(results, results["localisation"]), flush=True)
     log.info("metrics, predictions and figures are in %s", folder.root)
 
 
