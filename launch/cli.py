@@ -56,7 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line; overrides (a.b=c) may stand anywhere, before and after options."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.print_help(sys.stderr)
+        sys.exit(EXIT_USER)
+    args, rest = parser.parse_known_args(words)
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
     if len(overrides) < len(rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -32,7 +32,7 @@ def add_parser(commands: Commands) -> None:
         description="Pack an archive. Interrupted, the same command goes on where it stopped; "
         "the same input gives the same bytes for any number of processes.",
         examples=(
-            "msmil pack data/shards --table grouped_df.csv --images images_png",
+            "msmil pack data/shards --table table.csv --images images_png",
             "msmil pack data/mine --source folder --table mine.csv --images pictures --recipe mammoclip",
         ),
         epilog=_FOLDER_HELP,

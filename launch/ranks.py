@@ -20,7 +20,6 @@ from shards.errors import UserError
 
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
-CPU_RANKS = 2
 _FAILURE_FILE = "MSMIL_FAILURE_FILE"
 _FAILURE_NAME = "failure.txt"
 _PEER_IS_GONE = ("closed by peer", "reset by peer", "broken pipe", "connection was closed", "remote process exited")
@@ -29,10 +28,12 @@ _AGAIN = "the same command again goes on where it stopped"
 
 
 def default_ranks() -> int:
-    """One rank per GPU; on a machine without any, two CPU ranks (one on a single core)."""
+    """How many ranks this machine trains on when nobody says."""
     import torch
 
-    return torch.cuda.device_count() or min(CPU_RANKS, os.cpu_count() or 1)
+    from msmil.engine import environment
+
+    return environment.default_ranks(torch.cuda.device_count())
 
 
 def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision: str, log: Path) -> int:

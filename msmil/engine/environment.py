@@ -1,4 +1,4 @@
-"""Variables of the shell that would make the recorded configuration untrue; imports no torch."""
+"""What the shell and the machine say before anything starts; imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Final
 from msmil.config import TrainConfig
 from shards.errors import UserError
 
+_CPU_RANKS: Final = 2
 # `accelerate launch` sets these values itself when nobody chose anything
 _SAYS_NOTHING: Final = {"", "no", "false", "0", "none"}
 _OTHER_ENGINES: Final = {
@@ -42,3 +43,8 @@ def refuse_environment(config: TrainConfig, environment: Mapping[str, str] = os.
         refuse(steps, "train.accumulation", config.accumulation)
     if "ACCELERATE_DYNAMO_BACKEND" in said:
         refuse("ACCELERATE_DYNAMO_BACKEND", "train.compile", config.compile)
+
+
+def default_ranks(num_gpus: int) -> int:
+    """One rank per GPU; on a machine without any, two CPU ranks (one on a single core)."""
+    return num_gpus or min(_CPU_RANKS, os.cpu_count() or 1)
