@@ -17,7 +17,7 @@ def add_parser(commands: Commands) -> None:
         description="Draw exams of four views with masses and clusters of microcalcifications, and write them as "
         "vindrmammo_grouped_df.csv and images_png/, the layout of VinDr-Mammo's PNG release. Interrupted, the same "
         "command goes on where it stopped; the same options give the same bytes for any number of processes.",
-        examples=("msmil phantom data/phantoms --exams-training 40 --exams-test 20",),
+        examples=("msmil phantom data/phantoms --exams-training 40 --seed 7",),
     )
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="folder for the table and the images")

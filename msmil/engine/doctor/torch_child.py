@@ -103,6 +103,8 @@ def _rank(backend: str, rank: int, world: int, port: int, said: Any) -> None:
 
     try:
         device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+        if backend == "nccl":
+            torch.cuda.set_device(device)
         distributed.init_process_group(
             backend,
             init_method=f"tcp://127.0.0.1:{port}",
