@@ -90,4 +90,5 @@ def _line(check: Check) -> str:
 
 def _summary(checks: list[Check]) -> str:
     count = {state: sum(check.state == state for check in checks) for state in _EXIT}
-    return f"{count['ok']} ok, {count['warning']} warnings, {count['broken']} broken"
+    plural = "" if count["warning"] == 1 else "s"
+    return f"{count['ok']} ok, {count['warning']} warning{plural}, {count['broken']} broken"
