@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from launch.commands import Commands
 from msmil.config_io import reference
@@ -68,8 +68,7 @@ def script(shell: str) -> str:
         complete = _completes(action, keys)
         if complete is not None:
             action.complete = complete  # type: ignore[attr-defined]
-    preamble = {name: text.format(keys=keys) for name, text in _PREAMBLE.items()}
-    return str(shtab.complete(parser, shell=shell, preamble=preamble))
+    return str(shtab.complete(parser, shell=shell, preamble=_PREAMBLE.get(shell, "").format(keys=keys)))
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
@@ -82,7 +81,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-def _completes(action: argparse.Action, keys: str) -> dict[str, str] | None:
+def _completes(action: argparse.Action, keys: str) -> dict[str, Any] | None:
     """How shtab completes an argument, by what its metavar calls it."""
     import shtab
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+_TIDY_UP_S: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,21 @@ def run(command: Sequence[str], *, deadline_s: float, **environment: str) -> tup
     try:
         out, err = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, _ = process.communicate()
-        return out, f"no answer within {deadline_s:.0f} s"
+        return _end(process), f"no answer within {deadline_s:.0f} s"
     except BaseException:  # Ctrl-C does not reach a session of its own
-        os.killpg(process.pid, signal.SIGKILL)
+        _end(process)
         raise
     return out, _failure(process.returncode, err)
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    """End a command and all that it started, and return what it had printed; a moment is left to it to tidy up."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.communicate(timeout=_TIDY_UP_S)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
 
 
 def _failure(code: int, err: str) -> str:

@@ -131,5 +131,9 @@ def check_deepspeed(
         yield ok("DeepSpeed build", f"{found.facts['built']} compiles")
         return
     reason = "there is no ninja" if ninja is None else found.failure
-    fix = "pip install ninja" if ninja is None else "mend the C++ compiler (on GPUs: install the CUDA toolkit of torch)"
+    fix = (
+        "pip install ninja"
+        if ninja is None
+        else "mend the C++ compiler (on GPUs: install the CUDA toolkit of torch), or remove ~/.cache/torch_extensions"
+    )
     yield warning("DeepSpeed build", f"its operators cannot be compiled ({reason})", fix)

@@ -5,6 +5,8 @@ What could crash or hang comes after what is told before it. Processes are forke
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import multiprocessing
 import os
 import socket
@@ -54,17 +56,16 @@ def _attempt(question: Callable[[], Any]) -> dict[str, Any]:
 def _torchvision() -> str:
     """Its compiled operators are there only where it was built for this torch."""
     import torch
-    import torchvision
 
+    torchvision = importlib.import_module("torchvision")
     torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
     return str(torchvision.__version__)
 
 
 def _tensorboard() -> str:
-    import tensorboard.version
     import torch.utils.tensorboard  # noqa: F401
 
-    return str(tensorboard.version.VERSION)
+    return importlib.metadata.version("tensorboard")
 
 
 def _training() -> None:
