@@ -59,9 +59,11 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_quiet(parser: argparse.ArgumentParser, what: str = "no progress, no information; results stay") -> None:
+def add_quiet(
+    parser: argparse.ArgumentParser, what: str = "no progress, no information; results and errors stay"
+) -> None:
     """Add `--quiet`."""
-    parser.add_argument("--quiet", action="store_true", help=f"{what}; errors stay")
+    parser.add_argument("--quiet", action="store_true", help=what)
 
 
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"msmil {msmil.__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(prog="msmil", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
     commands = Commands(subparsers)
     for group, command in COMMANDS:
         commands.group = group

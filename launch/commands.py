@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,25 @@ _INDENT: Final = 4
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Fits the terminal and keeps the line breaks of texts; lines to be copied are not broken."""
+    """Fits the terminal. Indented lines stay lines, and what is to be copied is not broken."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=columns() - 2)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(_filled(line, width, indent) for line in text.splitlines())
+        return "\n".join(_filled(line, width, indent) for line in _joined(text.splitlines()))
+
+
+def _joined(lines: Sequence[str]) -> list[str]:
+    """Lines that are not indented make paragraphs, which end before an empty or an indented line, or with a colon."""
+    joined = [""]
+    for line in lines:
+        before = joined[-1]
+        if before and line and before[0] != " " and line[0] != " " and before[-1] != ":":
+            joined[-1] += f" {line}"
+        else:
+            joined.append(line)
+    return joined[1:]
 
 
 def _filled(line: str, width: int, indent: str) -> str:
@@ -29,8 +42,11 @@ def _filled(line: str, width: int, indent: str) -> str:
     if text.startswith(("msmil ", "$ ")):
         return indent + line
     lead = indent + line[: len(line) - len(text)]
+    # a word and what it means: the meaning goes on beneath itself
+    hanging = re.match(r"\S+(?: \S+)* {2,}", text) if lead else None
+    below = lead + " " * (hanging.end() if hanging else 0)
     return textwrap.fill(
-        text, width, initial_indent=lead, subsequent_indent=lead, break_long_words=False, break_on_hyphens=False
+        text, width, initial_indent=lead, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
     )
 
 

@@ -13,18 +13,20 @@ SHELLS: Final = ("bash", "zsh", "fish")
 _FILES: Final = ("CONFIG", "FILE", "CSV", "IN")
 _FOLDERS: Final = ("DIR", "RUN", "FOLDER", "OUT")
 _SETUP: Final = """\
-set up (then open a new shell):
-  bash   msmil completion bash > ~/.local/share/bash-completion/completions/msmil
-         (needs the package bash-completion; or: eval "$(msmil completion bash)" in ~/.bashrc)
-  zsh    msmil completion zsh > FOLDER/_msmil, where FOLDER is in $fpath
-  fish   msmil completion fish > ~/.config/fish/completions/msmil.fish
+set up, then open a new shell:
+  bash with the package bash-completion
+    msmil completion bash > ~/.local/share/bash-completion/completions/msmil
+  zsh, FOLDER being one of $fpath
+    msmil completion zsh > FOLDER/_msmil
+  fish
+    msmil completion fish > ~/.config/fish/completions/msmil.fish
+
 Write it again after an update of msmil. The script is text alone: completing starts no Python.
 """
 # the keys of an experiment end in "=": no space after them, so that the value is typed next
 _PREAMBLE: Final = {
     "bash": """\
 _msmil_overrides() {{
-  compopt -o nospace 2>/dev/null || :
   compgen -W "{keys}" -- "$1"
 }}
 """,
@@ -33,6 +35,15 @@ _msmil_overrides() {{
   compadd -S '' -- {keys}
 }}
 """,
+}
+_AFTERWARDS: Final = {
+    "bash": """
+_msmil() {
+  _shtab_msmil "$@"
+  [[ ${COMPREPLY[0]-} != *= ]] || compopt -o nospace 2>/dev/null || :
+}
+complete -o bashdefault -F _msmil msmil
+"""
 }
 
 
@@ -68,7 +79,8 @@ def script(shell: str) -> str:
         complete = _completes(action, keys)
         if complete is not None:
             action.complete = complete  # type: ignore[attr-defined]
-    return str(shtab.complete(parser, shell=shell, preamble=_PREAMBLE.get(shell, "").format(keys=keys)))
+    made = str(shtab.complete(parser, shell=shell, preamble=_PREAMBLE.get(shell, "").format(keys=keys)))
+    return made + _AFTERWARDS.get(shell, "")
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

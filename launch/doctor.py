@@ -20,8 +20,10 @@ _EXIT: Final[dict[State, int]] = {"ok": 0, "warning": 1, "broken": 2}
 _COLOURS: Final[dict[State, Colour]] = {"ok": "green", "warning": "yellow", "broken": "red"}
 _STATE_WIDTH, _NAME_WIDTH = 9, 17
 _EXIT_CODES: Final = """\
-exit code: 0 all is ok; 1 there are warnings: training works, but not everything does, or not as well as it could;
-2 something is broken: training would fail.
+exit code:
+  0  all is ok
+  1  there are warnings: training works, but not everything does, or not as well as it could
+  2  something is broken: training would fail
 
 It takes half a minute: torch and DeepSpeed are tried in processes of their own, so that a crash there is a line here.
 Nothing is changed; files to try a folder or a compiler with are removed again.

@@ -64,7 +64,7 @@ def add_parser(commands: Commands) -> None:
     add("--samples-per-shard", type=at_least_one, default=256, metavar="N", help=f"most images in a tar {default}")
     add_processes(parser)
     add("--on-broken", choices=("stop", "drop"), default="stop", help=f"what a broken image does {default}")
-    add_quiet(parser, "no progress, no table")
+    add_quiet(parser, "no progress, no table; errors stay")
     add_json(parser, "what was packed")
     parser.set_defaults(run=run)
 

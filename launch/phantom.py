@@ -30,7 +30,7 @@ def add_parser(commands: Commands) -> None:
     seed = "seed; all that is drawn is a function of it (default: %(default)s)"
     add("--seed", type=int, default=0, metavar="SEED", help=seed)
     add_processes(parser)
-    add_quiet(parser, "no progress, no table")
+    add_quiet(parser, "no progress, no table; errors stay")
     parser.set_defaults(run=run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import textwrap
 import time
@@ -21,7 +22,8 @@ from shards.tables import aligned
 if TYPE_CHECKING:
     from msmil.engine.run_list import RunSummary, State
 
-_HEAD: Final = ("run", "state", "epoch", "step", "best val AUROC", "test AUROC", "changed")
+_HEAD: Final = ("run", "state", "epoch", "step", "best AUROC", "test AUROC", "changed")
+_DISPENSABLE: Final = ("changed", "step")  # left out where a terminal is too narrow, in this order
 _COLOURS: Final[dict[State, Colour]] = {
     "training": "green",
     "stopped": "yellow",
@@ -40,7 +42,9 @@ states:
   converted      weights of `msmil convert`
   unreadable     cut off in the middle of a copy, or of another version
 
-Progress is that of the newest checkpoint. AUROC is the mean over labels; a dash where it is not defined or not known.
+Progress is that of the newest checkpoint. AUROC is the mean over labels: the best one on the validation images @ its
+step, and that of the last evaluation on the test images; a dash where it is not defined or not known.
+
 On a network file system that keeps no locks, a training on another machine reads as stopped.
 """
 _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -87,9 +91,15 @@ def _as_json(run: RunSummary) -> dict[str, Any]:
 
 
 def _table(runs: Sequence[RunSummary], *, now_s: float) -> list[str]:
-    rows = [[str(run.folder), run.state, *_numbers(run), _ago(now_s - run.changed_s)] for run in runs]
-    lines = aligned([list(_HEAD), *rows], left=2)
-    start = max(len(row[0]) for row in (*rows, _HEAD)) + 2
+    rows = [list(_HEAD)]
+    rows += [[str(run.folder), run.state, *_numbers(run), _ago(now_s - run.changed_s)] for run in runs]
+    lines = aligned(rows, left=2)
+    for name in _DISPENSABLE if sys.stdout.isatty() else ():
+        if max(map(len, lines)) > shutil.get_terminal_size().columns:
+            column = rows[0].index(name)
+            rows = [row[:column] + row[column + 1 :] for row in rows]
+            lines = aligned(rows, left=2)
+    start = max(len(row[0]) for row in rows) + 2
     shown = [paint(lines[0], "dim")]
     for run, line in zip(runs, lines[1:], strict=True):
         end = start + len(run.state)
@@ -110,9 +120,9 @@ def _numbers(run: RunSummary) -> list[str]:
 
 
 def _of(done: int | None, total: int | None) -> str:
-    if done is None and total is None:
+    if done is None:
         return "-"
-    return f"{0 if done is None else done}" + ("" if total is None else f"/{total}")
+    return str(done) if total is None else f"{done}/{total}"
 
 
 def _ago(seconds: float) -> str:

@@ -99,12 +99,13 @@ def read_run(root: Path) -> RunSummary:
         notes.append(error.thing if isinstance(error, UserError) else f"cannot be read ({error.strerror})")
     test_auroc, evaluated = _test_auroc(folder, saved, notes)
     state = "unreadable" if broken else _state(folder, saved, epochs, evaluated=evaluated, notes=notes)
+    nothing_yet = 0 if epochs is not None and newest_checkpoint is None else None
     return RunSummary(
         folder=root,
         state="training" if training else state,
-        epoch=None if saved is None else saved.epoch,
+        epoch=nothing_yet if saved is None else saved.epoch,
         epochs=epochs,
-        step=None if saved is None else saved.step,
+        step=nothing_yet if saved is None else saved.step,
         total_steps=None if saved is None or epochs is None else _total_steps(saved, epochs),
         best_auroc=None if saved is None else _finite(saved.best_metric),
         best_step=None if saved is None else saved.best_step,

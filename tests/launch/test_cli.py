@@ -145,7 +145,7 @@ def test_bash_completes(tmp_path: Path) -> None:
     for line in COMPLETED:
         words = shlex.join(line.split(" "))  # the last one may be empty
         lines.append(f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))")
-        lines.append("_shtab_msmil 2>/dev/null; echo ${COMPREPLY[@]}")
+        lines.append("_msmil 2>/dev/null; echo ${COMPREPLY[@]}")
     done = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.strip().endswith(" msmil")
     assert [set(line.split()) for line in done.stdout.splitlines()] == list(COMPLETED.values())
