@@ -67,10 +67,10 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path, deeper: int) -> Iterator[Path]:
-    if any((folder / mark).exists() for mark in _MARKS):
-        yield folder
-        return
     try:
+        if any((folder / mark).exists() for mark in _MARKS):
+            yield folder
+            return
         inside = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
     except PermissionError:
         yield folder
@@ -88,16 +88,20 @@ def read_run(root: Path) -> RunSummary:
     """What a run folder tells; what cannot be read is said in its note."""
     folder, notes = RunFolder(root), list[str]()
     epochs = saved = newest_checkpoint = None
-    training = broken = False
+    training = broken = evaluated = False
+    test_auroc = None
     try:
         training = folder.in_training()
         newest_checkpoint = newest(folder.checkpoints)
         epochs = None if newest_checkpoint is None and _converted(folder) else _epochs(folder.config)
         saved = None if newest_checkpoint is None else read_state(newest_checkpoint)[0]
-    except (UserError, OSError) as error:
+        test_auroc, evaluated = _test_auroc(folder, saved, notes)
+    except UserError as error:
         broken = True
-        notes.append(error.thing if isinstance(error, UserError) else f"cannot be read ({error.strerror})")
-    test_auroc, evaluated = _test_auroc(folder, saved, notes)
+        notes.append(f"{error.thing}. Fix: {error.fix}")
+    except OSError as error:
+        broken = True
+        notes.append(f"cannot be read ({error.strerror})")
     state = "unreadable" if broken else _state(folder, saved, epochs, evaluated=evaluated, notes=notes)
     nothing_yet = 0 if epochs is not None and newest_checkpoint is None else None
     return RunSummary(

@@ -169,7 +169,17 @@ def test_a_broken_run_says_so_in_its_row(
 
 def test_another_version_says_so_in_its_row(tmp_path: Path) -> None:
     row = read_run(write_run(tmp_path / "old", version=0))
-    assert (row.state, row.note) == ("unreadable", "checkpoint format version 0")
+    assert row.state == "unreadable"
+    assert row.note.startswith("checkpoint format version 0. Fix: use the msmil release that wrote it")
+
+
+def test_a_folder_of_somebody_else_says_so_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: RunFolder) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(RunFolder, "in_training", refused)
+    row = read_run(write_run(tmp_path / "run"))
+    assert (row.state, row.note) == ("unreadable", "cannot be read (Permission denied)")
 
 
 def test_metrics_that_were_cut_off_are_no_metrics(tmp_path: Path) -> None:
