@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not words:
         parser.print_help(sys.stderr)
         sys.exit(EXIT_USER)
+    _refuse_misspelt(words[0], parser)
     args, rest = parser.parse_known_args(words)
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
     if len(overrides) < len(rest) or (rest and not hasattr(args, "overrides")):
@@ -67,6 +69,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _refuse_misspelt(command: str, parser: argparse.ArgumentParser) -> None:
+    names = [module.__name__.rpartition(".")[2] for _, module in COMMANDS]
+    near = difflib.get_close_matches(command, names, n=1)
+    if command not in names and near:
+        parser.error(f"no command {command!r}; did you mean {near[0]}?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

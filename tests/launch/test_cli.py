@@ -90,6 +90,12 @@ def test_msmil_alone_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> 
     assert "msmil demo" in capsys.readouterr().err
 
 
+def test_a_misspelt_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["trian", "x.yaml"])
+    assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+
+
 def test_no_reader_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     command = [sys.executable, "-m", "launch.cli", "runs", str(tmp_path)]
