@@ -38,3 +38,34 @@ def _whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         return 0
+
+
+def add_overrides(parser: argparse.ArgumentParser, what: str = "options that replace those of the file") -> None:
+    """Add `a.b=c ...`."""
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help=f"{what} (default: none)")
+
+
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """Add `--ranks N`."""
+    parser.add_argument(
+        "--ranks", type=at_least_one, metavar="N", help="processes on this machine (default: one per GPU, else 2)"
+    )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add `--processes N`."""
+    parser.add_argument(
+        "--processes", type=at_least_one, metavar="N", help="processes that work at a time (default: one per core)"
+    )
+
+
+def add_quiet(
+    parser: argparse.ArgumentParser, what: str = "no progress, no information; results and errors stay"
+) -> None:
+    """Add `--quiet`."""
+    parser.add_argument("--quiet", action="store_true", help=what)
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--json`: stdout then holds one JSON document."""
+    parser.add_argument("--json", action="store_true", help=f"print {what} as one JSON document, for scripts")

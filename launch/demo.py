@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from launch.arguments import at_least_one
+from launch.arguments import add_overrides, add_processes, add_quiet, add_ranks
+from launch.commands import Commands
 from launch.ranks import default_ranks
 from msmil.config_io import load_config
 
@@ -22,28 +23,23 @@ TRAINING_EXAMS, TEST_EXAMS = 400, 100
 VALIDATION_FRACTION = 0.125
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add `msmil demo`."""
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "demo",
         help="phantoms -> shards -> training -> evaluation, in minutes",
         description="Make phantoms, pack them, train the demo's experiment and evaluate it. What is done already is "
         "kept: the same command again goes on where it was stopped.",
-        epilog=f"example: msmil demo --data data/demo --config {CONFIG} seed=11 name=demo_11",
+        examples=("msmil demo", "msmil demo --data data/demo_2 --seed 2 seed=11 name=demo_11"),
     )
-    parser.add_argument("--data", default="data/demo", help="folder for phantoms and shards (default: data/demo)")
-    parser.add_argument("--config", default=CONFIG, help=f"experiment (default: {CONFIG})")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the phantoms (default: 1)")
-    parser.add_argument(
-        "--processes",
-        type=at_least_one,
-        metavar="N",
-        help="processes that make phantoms and shards (default: all cores)",
-    )
-    parser.add_argument(
-        "--ranks", type=at_least_one, metavar="N", help="processes that train (default: one per GPU, else 2)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options of the experiment")
+    add = parser.add_argument
+    add("--data", default="data/demo", metavar="DIR", help="folder for phantoms and shards (default: %(default)s)")
+    add("--config", default=CONFIG, metavar="CONFIG", help="experiment (default: %(default)s)")
+    add("--seed", type=int, default=1, metavar="SEED", help="seed of the phantoms (default: %(default)s)")
+    add_processes(parser)
+    add_ranks(parser)
+    add_quiet(parser)
+    add_overrides(parser)
     parser.set_defaults(run=run)
 
 
@@ -58,18 +54,22 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, f"data.shards={data / 'shards'}", *_batch_for(config, args.ranks)]
     processes = [] if args.processes is None else ["--processes", str(args.processes)]
     ranks = [] if args.ranks is None else ["--ranks", str(args.ranks)]
+    quiet = ["--quiet"] * args.quiet
     start_s = time.monotonic()
     for command in (
-        ["phantom", str(data / "phantoms"), "--seed", str(args.seed), *_phantom_size(), *processes],
-        ["pack", str(data / "shards"), *_pack_source(data / "phantoms"), *processes],
-        ["verify", str(data / "shards")],
-        ["train", args.config, *overrides, *ranks],
-        ["evaluate", run_folder, *ranks],
+        ["phantom", str(data / "phantoms"), "--seed", str(args.seed), *_phantom_size(), *processes, *quiet],
+        ["pack", str(data / "shards"), *_pack_source(data / "phantoms"), *processes, *quiet],
+        ["verify", str(data / "shards"), *quiet],
+        ["train", args.config, *overrides, *ranks, *quiet],
+        ["evaluate", run_folder, *ranks, *quiet],
     ):
-        _announce(command)
+        if not args.quiet:
+            _announce(command)
         code = main(command)
         if code != 0:
             return code
+    if args.quiet:
+        return 0
     minutes = (time.monotonic() - start_s) / 60
     print(f"\nThe demo took {minutes:.1f} minutes. Metrics, predictions and figures are in {run_folder}.")
     print(f"Curves: tensorboard --logdir {config.output_dir}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import at_least_one
+from launch.arguments import add_json, add_quiet, add_ranks
+from launch.commands import Commands
 from launch.ranks import default_ranks, rank_program, start_ranks
 from msmil.config_io import load_config
 from shards.errors import UserError
@@ -18,19 +20,17 @@ if TYPE_CHECKING:
     from msmil.config import Config
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add `msmil evaluate`."""
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "evaluate",
         help="metrics with intervals, figures, and where a trained run looks",
         description="Evaluate a run on a split: predictions, metrics at a threshold chosen on validation, "
         "heat-maps, and how often their peak lies in a box. Writes into the run folder.",
-        epilog="example: msmil evaluate runs/demo --split test",
+        examples=("msmil evaluate runs/demo --split test", "msmil evaluate runs/demo --quiet --json > demo.json"),
     )
     _add_arguments(parser)
-    parser.add_argument(
-        "--ranks", type=at_least_one, metavar="N", help="processes on this machine (default: one per GPU, else 2)"
-    )
+    add_ranks(parser)
     parser.set_defaults(run=run)
 
 
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         shards=args.shards,
         features=args.features,
         ranks=args.ranks,
+        quiet=args.quiet,
+        as_json=args.json,
     )
 
 
@@ -54,13 +56,15 @@ def start(
     shards: str | None = None,
     features: str | None = None,
     ranks: int | None = None,
+    quiet: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Check what can be checked, start the ranks (None: one per GPU) and return their exit code."""
     config = _config(folder, shards, features)
     ranks = default_ranks() if ranks is None else ranks
+    from msmil.engine.data import open_data
     from msmil.engine.evaluate import find_checkpoint
     from msmil.engine.features import open_features
-    from msmil.engine.pipeline import open_data
     from msmil.engine.run_folder import RunFolder
 
     find_checkpoint(RunFolder(folder), checkpoint, other_data=shards is not None)
@@ -71,17 +75,31 @@ def start(
         arguments += ["--shards", shards]
     if features is not None:
         arguments += ["--features", features]
+    arguments += ["--quiet"] * quiet + ["--json"] * as_json
     return start_ranks("launch.evaluate", arguments, ranks=ranks, precision=config.train.precision, log=log)
 
 
-def main(config: Config, folder: str, *, split: Any, checkpoint: str, other_data: bool) -> None:
-    """Evaluate in this process, one rank of the world that the launcher made."""
+def main(
+    config: Config,
+    folder: str,
+    *,
+    split: Any,
+    checkpoint: str,
+    other_data: bool,
+    quiet: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Evaluate in this process, one rank of the world that the launcher made; rank 0 prints the results."""
     from msmil.engine.evaluate import evaluate
     from msmil.engine.run_folder import RunFolder
     from msmil.engine.runtime import Runtime
+    from msmil.evaluation.results import results_table
 
-    runtime = Runtime(config.train)
-    evaluate(config, RunFolder(folder), runtime, split=split, checkpoint=checkpoint, other_data=other_data)
+    runtime = Runtime(config.train, quiet=quiet)
+    results = evaluate(config, RunFolder(folder), runtime, split=split, checkpoint=checkpoint, other_data=other_data)
+    if runtime.is_main:
+        table = results_table(results, results["localisation"])
+        print(json.dumps(results, indent=2, allow_nan=False) if as_json else table, flush=True)
     runtime.close()
 
 
@@ -91,19 +109,24 @@ def rank_main(argv: Sequence[str] | None = None) -> int:
     _add_arguments(parser)
     args = parser.parse_args(argv)
     choice = {"split": args.split, "checkpoint": args.checkpoint, "other_data": args.shards is not None}
+    choice |= {"quiet": args.quiet, "as_json": args.json}
     return rank_program(lambda: main(_config(args.folder, args.shards, args.features), args.folder, **choice))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder, for example runs/demo")
     parser.add_argument("--split", choices=SPLITS, default="test", help="images to judge (default: test)")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or step_N (default: best)")
+    name = "best, latest or step_N (default: best)"
+    parser.add_argument("--checkpoint", default="best", metavar="NAME", help=name)
     parser.add_argument(
         "--features",
-        metavar="FOLDER",
+        metavar="DIR",
         help="features of these data, or none: encode the images (default: those it was trained on, if any)",
     )
-    parser.add_argument("--shards", help="other packed data to judge it on (default: those it was trained on)")
+    shards = "other packed data to judge it on (default: those it was trained on)"
+    parser.add_argument("--shards", metavar="DIR", help=shards)
+    add_quiet(parser)
+    add_json(parser, "the metrics")
 
 
 def _config(folder: str, shards: str | None, features: str | None) -> Config:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch.arguments import at_least_one
+from launch.arguments import add_json, add_processes, add_quiet, at_least_one
+from launch.commands import Commands
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,47 +21,51 @@ _FOLDER_HELP = """\
   one column per label: 1, 0 or empty (unknown)
   optional: image_id, exam_id, split (training, validation, test), fold, manufacturer, density, birads
 --boxes adds a CSV with image, label, x0, y0, x1, y1 in pixels of the image file (x1, y1 exclusive).
-
-examples:
-  msmil pack data/shards --table vindrmammo_grouped_df.csv --images images_png
-  msmil pack data/mine --source folder --table mine.csv --images pictures --recipe mammoclip
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add `msmil pack`."""
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "pack",
         help="images + table -> WebDataset tars + manifest",
         description="Pack an archive. Interrupted, the same command goes on where it stopped; "
         "the same input gives the same bytes for any number of processes.",
+        examples=(
+            "msmil pack data/shards --table table.csv --images images_png",
+            "msmil pack data/mine --source folder --table mine.csv --images pictures --recipe mammoclip",
+        ),
         epilog=_FOLDER_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    default = "(default: %(default)s)"
     add("out", metavar="OUT", type=Path, help="folder for the tars and the manifest")
-    add("--table", type=Path, required=True, metavar="CSV", help="the archive's table")
-    add("--images", type=Path, required=True, metavar="DIR", help="folder of the archive's images")
-    add("--source", choices=("grouped", "folder"), default="grouped", help="layout of table and folder (%(default)s)")
-    add("--boxes", type=Path, metavar="CSV", help="table of boxes (--source folder)")
-    add("--labels", nargs="+", metavar="LABEL", help="labels to keep (all that the source offers)")
-    add("--recipe", choices=("as_is", "mammoclip"), default="as_is", help="preparation of pixels (%(default)s)")
-    add("--height", type=at_least_one, metavar="PX", help="stored height (mammoclip: 1520; as_is: the first image's)")
-    add("--width", type=at_least_one, metavar="PX", help="stored width (mammoclip: 912; as_is: the first image's)")
-    add("--codec", choices=("png", "zstd"), default="png", help="png is smaller, zstd decodes faster (%(default)s)")
+    add("--table", type=Path, required=True, metavar="CSV", help="the archive's table (required)")
+    add("--images", type=Path, required=True, metavar="DIR", help="folder of the archive's images (required)")
+    add("--source", choices=("grouped", "folder"), default="grouped", help=f"layout of table and folder {default}")
+    add("--boxes", type=Path, metavar="CSV", help="table of boxes, with --source folder (default: none)")
+    add("--labels", nargs="+", metavar="LABEL", help="labels to keep (default: all that the source offers)")
+    add("--recipe", choices=("as_is", "mammoclip"), default="as_is", help=f"preparation of pixels {default}")
+    size = "stored {} in pixels (default: mammoclip {}, as_is the first image's)"
+    add("--height", type=at_least_one, metavar="PX", help=size.format("height", 1520))
+    add("--width", type=at_least_one, metavar="PX", help=size.format("width", 912))
+    add("--codec", choices=("png", "zstd"), default="png", help=f"png is smaller, zstd decodes faster {default}")
     validation = parser.add_mutually_exclusive_group()
     validation.add_argument(
         "--validation-fraction",
         type=float,
         metavar="X",
-        help="share of the training patients that validates (0.15 where the table marks none)",
+        help="share, 0 to 1, of the training patients that validates (default: the images that the table marks, "
+        "else 0.15)",
     )
-    validation.add_argument("--validation-fold", type=int, metavar="K", help="the table's fold that validates")
-    add("--seed", type=int, default=0, help="seed of the validation split and of the order (%(default)s)")
-    add("--samples-per-shard", type=at_least_one, default=256, metavar="N", help="most images in a tar (%(default)s)")
-    add("--processes", type=at_least_one, metavar="N", help="processes (one per core)")
-    add("--on-broken", choices=("stop", "drop"), default="stop", help="what a broken image does (%(default)s)")
-    add("--quiet", action="store_true", help="no progress, no table")
+    fold = "number of the table's fold that validates (default: none)"
+    validation.add_argument("--validation-fold", type=int, metavar="K", help=fold)
+    add("--seed", type=int, default=0, metavar="SEED", help=f"seed of the validation split and of the order {default}")
+    add("--samples-per-shard", type=at_least_one, default=256, metavar="N", help=f"most images in a tar {default}")
+    add_processes(parser)
+    add("--on-broken", choices=("stop", "drop"), default="stop", help=f"what a broken image does {default}")
+    add_quiet(parser, "no progress, no table; errors stay")
+    add_json(parser, "what was packed")
     parser.set_defaults(run=run)
 
 
@@ -83,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
         drop_broken=args.on_broken == "drop",
         quiet=args.quiet,
     )
-    if not args.quiet:
+    if args.json:
+        print(json.dumps(report.summary(), indent=2))
+    elif not args.quiet:
         print(report)
     return 0
 

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from launch.arguments import at_least_one
+from launch.arguments import add_processes, add_quiet, at_least_one
+from launch.commands import Commands
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add `msmil phantom`."""
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "phantom",
         help="make synthetic mammograms with known lesions",
         description="Draw exams of four views with masses and clusters of microcalcifications, and write them as "
         "vindrmammo_grouped_df.csv and images_png/, the layout of VinDr-Mammo's PNG release. Interrupted, the same "
         "command goes on where it stopped; the same options give the same bytes for any number of processes.",
-        epilog="example: msmil phantom data/phantoms --exams-training 400 --exams-test 100",
+        examples=("msmil phantom data/phantoms --exams-training 40 --seed 7",),
     )
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="folder for the table and the images")
-    add("--exams-training", type=int, default=400, metavar="N", help="exams marked as training (%(default)s)")
-    add("--exams-test", type=int, default=100, metavar="N", help="exams marked as test (%(default)s)")
-    add("--height", type=at_least_one, default=384, metavar="PX", help="height of the images, 200 mm (%(default)s)")
-    add("--width", type=at_least_one, default=240, metavar="PX", help="width of the images (%(default)s)")
-    add("--seed", type=int, default=0, help="everything drawn is a function of it (%(default)s)")
-    add("--processes", type=at_least_one, metavar="N", help="processes (one per core)")
-    add("--quiet", action="store_true", help="no progress, no table")
+    add("--exams-training", type=int, default=400, metavar="N", help="exams marked as training (default: %(default)s)")
+    add("--exams-test", type=int, default=100, metavar="N", help="exams marked as test (default: %(default)s)")
+    height = "height of the images in pixels; it stands for 200 mm (default: %(default)s)"
+    add("--height", type=at_least_one, default=384, metavar="PX", help=height)
+    width = "width of the images in pixels (default: %(default)s)"
+    add("--width", type=at_least_one, default=240, metavar="PX", help=width)
+    seed = "seed; all that is drawn is a function of it (default: %(default)s)"
+    add("--seed", type=int, default=0, metavar="SEED", help=seed)
+    add_processes(parser)
+    add_quiet(parser, "no progress, no table; errors stay")
     parser.set_defaults(run=run)
 
 

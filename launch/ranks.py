@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.terminal import print_error
 from shards.errors import UserError
 
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
-CPU_RANKS = 2
 _FAILURE_FILE = "MSMIL_FAILURE_FILE"
 _FAILURE_NAME = "failure.txt"
 _PEER_IS_GONE = ("closed by peer", "reset by peer", "broken pipe", "connection was closed", "remote process exited")
@@ -28,10 +28,12 @@ _AGAIN = "the same command again goes on where it stopped"
 
 
 def default_ranks() -> int:
-    """One rank per GPU; on a machine without any, two CPU ranks (one on a single core)."""
+    """How many ranks this machine trains on when nobody says."""
     import torch
 
-    return torch.cuda.device_count() or min(CPU_RANKS, os.cpu_count() or 1)
+    from msmil.engine import environment
+
+    return environment.default_ranks(torch.cuda.device_count())
 
 
 def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision: str, log: Path) -> int:
@@ -78,7 +80,7 @@ def rank_program(body: Callable[[], None]) -> int:
     except UserError as error:
         file = os.environ.get(_FAILURE_FILE)
         if file is None:
-            print(f"msmil: error: {error}", file=sys.stderr, flush=True)
+            print_error(str(error))
         else:
             with Path(file).open("a", encoding="utf-8") as stream:
                 stream.write(f"{error}\n")
@@ -126,14 +128,16 @@ def _explain(folder: Path, log: Path, who: str, code: int) -> int:
     """Print why it ended, add it to the log, and return the exit code."""
     failure = folder / _FAILURE_NAME
     if failure.exists():
-        text = f"msmil: error: {failure.read_text(encoding='utf-8').splitlines()[0]}"
-        code = EXIT_USER
+        reason = failure.read_text(encoding="utf-8").splitlines()[0]
+        print_error(reason)
+        text, code = f"msmil: error: {reason}", EXIT_USER
     elif code < 0:
         text = f"msmil: {who} was killed by {signal.Signals(-code).name}; {_AGAIN}"
+        print(text, file=sys.stderr)
         code = 128 - code
     else:
         text = f"msmil: {who} ended with exit code {code}; its own words are above"
-    print(text, file=sys.stderr)
+        print(text, file=sys.stderr)
     if log.exists():
         with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:  # the disk may be the reason
             file.write(text + "\n")

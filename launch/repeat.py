@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from launch import evaluate, train
-from launch.arguments import at_least_one, number_of_folds
+from launch.arguments import add_overrides, add_quiet, add_ranks, at_least_one, number_of_folds
+from launch.commands import Commands
 from launch.ranks import default_ranks
 from msmil.config_io import load_config
 from shards.errors import UserError
@@ -32,47 +33,52 @@ class Part:
     fingerprint: str
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add `msmil repeat`."""
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "repeat",
-        help="train and evaluate with several seeds or by cross-validation; mean and spread in one table",
+        help="several seeds or cross-validation; mean and spread in a table",
         description="Train an experiment several times, one run after the other, evaluate each on the test split, and "
         "write summary.csv and summary.json into its folder. The same command again does only what is missing.",
-        epilog="example: msmil repeat configs/experiment/demo.yaml --folds 5 optim.lr=1e-3",
+        examples=(
+            "msmil repeat configs/experiment/demo.yaml --folds 5",
+            "msmil repeat configs/experiment/demo.yaml --runs 3 name=demo_lr optim.lr=1e-3",
+        ),
     )
     parser.add_argument("config", metavar="CONFIG", help="experiment, for example configs/experiment/demo.yaml")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(
-        "--runs", type=at_least_one, metavar="N", help="N runs on the same split, with the seeds seed, seed+1, ..."
+        "--runs",
+        type=at_least_one,
+        metavar="N",
+        help="N runs on the same split, with the seeds seed, seed+1, ... (required: this or --folds)",
     )
     kind.add_argument(
         "--folds",
         type=number_of_folds,
         metavar="K",
         help="a run per fold, which validates while the others train: K folds of all patients outside the test "
-        "split, stratified by the labels and drawn by data.fold_seed; or table: the folds of the packed table",
+        "split, stratified by the labels and drawn by data.fold_seed; or table: the folds of the packed table "
+        "(required: this or --runs)",
     )
-    parser.add_argument(
-        "--ranks", type=at_least_one, metavar="N", help="processes on this machine (default: one per GPU, else 2)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that replace those of the file")
+    add_ranks(parser)
+    add_quiet(parser)
+    add_overrides(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check all runs, then train and evaluate one after the other, and write the summary."""
     ranks = default_ranks() if args.ranks is None else args.ranks
-    from msmil.engine.done import read_results
-    from msmil.engine.run_folder import RunFolder
+    from msmil.engine.run_folder import RunFolder, read_results
     from msmil.evaluation.summary import summarise, summary_table, write_summary
 
     config = load_config(args.config, args.overrides)
     root = Path(config.output_dir) / config.name
     parts = make_parts(args.config, args.overrides, runs=args.runs, folds=args.folds, ranks=ranks)
     for position, part in enumerate(parts, start=1):
-        print(f"\n{root / part.name} ({position} of {len(parts)})", flush=True)
-        code = _complete(args.config, part, root / part.name, ranks)
+        _inform(f"\n{root / part.name} ({position} of {len(parts)})", quiet=args.quiet)
+        code = _complete(args.config, part, root / part.name, ranks, quiet=args.quiet)
         if code != 0:
             return code
     summary = summarise({part.name: read_results(RunFolder(root / part.name), "test") for part in parts})
@@ -112,7 +118,7 @@ def _seeds(config: Config, runs: int | None) -> dict[str, tuple[str, ...]]:
 
 
 def _folds(config: Config, folds: Folds) -> dict[str, tuple[str, ...]]:
-    from msmil.engine.pipeline import open_data
+    from msmil.engine.data import open_data
     from shards.folds import fold_numbers
 
     if config.data.folds not in ("none", folds):
@@ -132,19 +138,24 @@ def _check_root(root: Path, *, other: str) -> None:
         raise UserError(f"holds {kind}", file=root, fix=fix)
 
 
-def _complete(file: str, part: Part, folder: Path, ranks: int) -> int:
+def _complete(file: str, part: Part, folder: Path, ranks: int, *, quiet: bool) -> int:
     """Train and evaluate a run as far as it is not done; 0, or the exit code of what failed."""
     from msmil.engine.done import is_evaluated, is_trained
     from msmil.engine.run_folder import RunFolder
 
     run_folder = RunFolder(folder)
     if is_trained(run_folder, part.config):
-        print("trained already", flush=True)
+        _inform("trained already", quiet=quiet)
     else:
-        code = train.start(file, part.overrides, ranks=ranks)
+        code = train.start(file, part.overrides, ranks=ranks, quiet=quiet)
         if code != 0:
             return code
     if is_evaluated(run_folder, "test", part.fingerprint):
-        print("evaluated already", flush=True)
+        _inform("evaluated already", quiet=quiet)
         return 0
-    return evaluate.start(str(folder), ranks=ranks)
+    return evaluate.start(str(folder), ranks=ranks, quiet=quiet)
+
+
+def _inform(text: str, *, quiet: bool) -> None:
+    if not quiet:
+        print(text, flush=True)

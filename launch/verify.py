@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
 
-from launch.arguments import at_least_one
+from launch.arguments import add_json, add_processes, add_quiet
+from launch.commands import Commands
 
 _EXIT_BROKEN = 2
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add `msmil verify`."""
-    parser = subparsers.add_parser(
+    parser = commands.add_parser(
         "verify",
-        help="re-read a packed folder, or one of features, and check everything",
+        help="re-read a packed folder, or one of features; check everything",
         description="Check the size and checksum of every tar, the checksum, size and type of every image, and that "
         "the tars, samples.arrow and manifest.json agree; of features likewise. Exit code 2 if anything is wrong.",
-        epilog="example: msmil verify data/shards",
+        examples=("msmil verify data/shards", "msmil verify data/shards --quiet --json | jq .problems"),
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder that `msmil pack` or `msmil extract` wrote")
-    parser.add_argument("--processes", type=at_least_one, metavar="N", help="processes (one per core)")
-    parser.add_argument("--quiet", action="store_true", help="no progress, and no table where nothing is wrong")
+    add_processes(parser)
+    add_quiet(parser, "no progress, and no word where nothing is wrong")
+    add_json(parser, "what was read and what is wrong")
     parser.set_defaults(run=run)
 
 
@@ -35,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         from shards.verify import verify
     report = verify(args.folder, processes=args.processes, quiet=args.quiet)
-    if not (report.ok and args.quiet):
+    if args.json:
+        print(json.dumps(report.summary(), indent=2))
+    elif not (report.ok and args.quiet):
         print(report)
     return 0 if report.ok else _EXIT_BROKEN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from shards import samples
 from shards.files import human_bytes
 from shards.manifest import Header
+from shards.tables import aligned
 from shards.types import SPLITS, UNKNOWN
 
 
@@ -25,7 +26,15 @@ class PackReport:
     header: Header
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), "", *_aligned(self._rows()), *self._remarks()])
+        return "\n".join([*self._head(), "", *aligned(self._rows()), *self._remarks()])
+
+    def summary(self) -> dict[str, Any]:
+        """The same for a script: manifest.json with the number and size of the shards instead of their list."""
+        about = asdict(self.header)
+        shards = about.pop("shards")
+        about.pop("samples")
+        num_bytes = sum(shard["num_bytes"] for shard in shards)
+        return {"directory": str(self.directory), **about, "num_shards": len(shards), "num_bytes": num_bytes}
 
     def _head(self) -> list[str]:
         header = self.header
@@ -76,11 +85,3 @@ def count(table: pa.Table, labels: Sequence[str]) -> dict[str, Any]:
 
 def _line(name: str, by_split: dict[str, int]) -> list[str]:
     return [name, *(str(by_split[split]) for split in SPLITS), str(sum(by_split.values()))]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +46,17 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+    def summary(self) -> dict[str, Any]:
+        """The same for a script."""
+        return {
+            "ok": self.ok,
+            "directory": str(self.directory),
+            "made": self.made,
+            "images": self.images,
+            "shards": self.shards,
+            "problems": [asdict(problem) for problem in self.problems],
+        }
 
     def __str__(self) -> str:
         head = f"{self.directory}: {self.images} images in {self.shards} shards"

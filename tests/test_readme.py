@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import build_parser, parse
+from launch.cli import parse
 from launch.reference import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -42,14 +42,3 @@ def test_commands_parse(command: str) -> None:
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(f"\n{target}:" in makefile for target in ("demo", "test", "test-fast"))
-
-
-COMMANDS = ["demo", "phantom", "pack", "verify", "convert", "extract", "train", "evaluate", "repeat"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_help_text_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"\n    {command} " in build_parser().format_help()
-    with pytest.raises(SystemExit, match="0"):
-        parse([command, "--help"])
-    assert f"msmil {command}" in capsys.readouterr().out.partition("example")[2]

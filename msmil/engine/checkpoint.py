@@ -17,12 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from msmil.engine.checkpoint_state import FORMAT_VERSION, PREFIX, STATE_NAME, pointed, read_state, unreadable
 from msmil.types import TrainState
 from shards.errors import UserError
 from shards.files import atomic_file, remove_leftovers, sync
 
-FORMAT_VERSION = 1
-_PREFIX = "step_"
 _FREE_SPACE_FACTOR = 1.1
 
 
@@ -54,7 +53,7 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or not writable; what was there stays whole.
     """
-    target = root / f"{_PREFIX}{state.step:08d}"
+    target = root / f"{PREFIX}{state.step:08d}"
     temporary = root / f".{target.name}.tmp"
     parts = {"model": model, "optimizer": optimizer} | ({} if ema is None else {"ema": ema})
     try:
@@ -67,7 +66,7 @@ def save_checkpoint(
                 {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, _file(temporary, name)
             )
         content = {"format_version": FORMAT_VERSION, "train_state": asdict(state), "loss_scale": loss_scale}
-        (temporary / "state.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        (temporary / STATE_NAME).write_text(json.dumps(content, indent=2), encoding="utf-8")
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
         for file in temporary.iterdir():
             sync(file)
@@ -89,20 +88,6 @@ def point(root: Path, pointer: str, name: str) -> None:
         file.write(f"{name}\n".encode())
 
 
-def pointed(root: Path, pointer: str) -> Path | None:
-    """The folder that a pointer names, or None when there is no such pointer or folder."""
-    file = root / pointer
-    if not file.is_file():
-        return None
-    folder = root / file.read_text(encoding="utf-8").strip()
-    return folder if folder.is_dir() else None
-
-
-def newest(root: Path) -> Path | None:
-    """The folder of the highest step; only whole checkpoints carry a final name."""
-    return max(root.glob(f"{_PREFIX}*"), default=None)
-
-
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint; safetensors and JSON only, so nothing in it is executed.
 
@@ -110,31 +95,26 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         UserError: a file is missing, truncated, or of another format version.
     """
     try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            fix = f"use the msmil release that wrote it; this one reads version {FORMAT_VERSION}"
-            raise UserError(f"checkpoint format version {version!r}", file=folder, fix=fix)
+        state, loss_scale = read_state(folder)
         ema_file = _file(folder, "ema")
         return Checkpoint(
             folder=folder,
             model=load_file(_file(folder, "model")),
             optimizer=load_file(_file(folder, "optimizer")),
             ema=load_file(ema_file) if ema_file.exists() else None,
-            state=TrainState(**content["train_state"]),
-            loss_scale=content["loss_scale"],
+            state=state,
+            loss_scale=loss_scale,
             config_yaml=(folder / "config.yaml").read_text(encoding="utf-8"),
         )
     except UserError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fix = "remove this folder; the checkpoint before it is used then"
-        raise UserError(f"the checkpoint cannot be read ({error})", file=folder, fix=fix) from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise unreadable(folder, error) from None
 
 
 def prune(root: Path, keep_last: int) -> None:
     """Remove old checkpoints, but never the newest `keep_last`, nor those that `best` and `latest` name."""
-    folders = sorted(root.glob(f"{_PREFIX}*"))
+    folders = sorted(root.glob(f"{PREFIX}*"))
     kept = {pointed(root, "best"), pointed(root, "latest"), *folders[-keep_last:]}
     for folder in folders:
         if folder not in kept:
@@ -147,7 +127,7 @@ def _file(folder: Path, name: str) -> Path:
 
 def _remove_leftovers(root: Path) -> None:
     """A save that was cut off leaves its temporary folder or pointer behind."""
-    for folder in root.glob(f".{_PREFIX}*.tmp"):
+    for folder in root.glob(f".{PREFIX}*.tmp"):
         shutil.rmtree(folder)
     remove_leftovers(root)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from msmil.config import Config
-from msmil.engine.checkpoint import load_checkpoint, newest
+from msmil.engine.checkpoint import load_checkpoint
+from msmil.engine.checkpoint_state import newest
 from msmil.engine.evaluate import find_checkpoint
-from msmil.engine.run_folder import RunFolder
-from shards.errors import UserError
+from msmil.engine.run_folder import RunFolder, read_results
 from shards.types import Split
 
 
@@ -26,17 +23,3 @@ def is_evaluated(folder: RunFolder, split: Split, fingerprint: str) -> bool:
     results = read_results(folder, split)
     best = find_checkpoint(folder, "best", other_data=False).name
     return bool(results.get("checkpoint") == best and results.get("data_fingerprint") == fingerprint)
-
-
-def read_results(folder: RunFolder, split: Split) -> dict[str, Any]:
-    """The content of metrics/<split>.json.
-
-    Raises:
-        UserError: it is missing or no JSON.
-    """
-    file = folder.metrics / f"{split}.json"
-    try:
-        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read ({error})", file=file, fix="remove it and evaluate the run again") from None
-    return results

@@ -14,7 +14,8 @@ from msmil.config import Config
 from msmil.detection.breast import breast_masks
 from msmil.detection.heatmap import map_names, maps
 from msmil.detection.localisation import PeakHits
-from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest, pointed
+from msmil.engine.checkpoint import Checkpoint, load_checkpoint
+from msmil.engine.checkpoint_state import newest, pointed
 from msmil.engine.pictures import map_figures
 from msmil.engine.pipeline import Pipeline, build_network, open_pipeline, with_encoder_of
 from msmil.engine.predict import forward_batches, predict
@@ -23,7 +24,7 @@ from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import log, open_log
 from msmil.evaluation.predictions import write_atomically, write_predictions
-from msmil.evaluation.results import classification_results, results_table
+from msmil.evaluation.results import classification_results
 from msmil.models.centres import CellOffsets, cell_centres
 from msmil.models.mil import MILModel
 from msmil.models.weights import WEIGHTS_FILE, load_weights
@@ -60,7 +61,7 @@ def evaluate(
     Raises:
         UserError: no checkpoint, other data, no images in the split; a probability that is not finite.
     """
-    open_log(folder.log if runtime.is_main else None)
+    open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
     found = find_checkpoint(folder, checkpoint, other_data=other_data)
     evaluation = open_evaluation(config, folder, runtime, found, other_data=other_data)
     pipeline, scales = evaluation.pipeline, evaluation.network.scales
@@ -226,7 +227,6 @@ def _write(
         save(figure, folder.figures / f"{split}_{name}.png")
     text = json.dumps(results, indent=2, allow_nan=False)
     write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
-    print(results_table(results, results["localisation"]), flush=True)
     log.info("metrics, predictions and figures are in %s", folder.root)
 
 

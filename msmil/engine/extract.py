@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from msmil.config import Config
-from msmil.engine.feature_sizes import Sizes, measure, table
+from msmil.engine.feature_sizes import Sizes, measure, summary, table
 from msmil.engine.features import encoder_identity, tiling_identity
 from msmil.engine.pipeline import Pipeline, open_pipeline
 from msmil.engine.run import make_network
@@ -51,7 +51,9 @@ class Storage:
     images_per_shard: int
 
 
-def extract(config: Config, out: Path, runtime: Runtime, storage: Storage, *, only_sizes: bool = False) -> None:
+def extract(
+    config: Config, out: Path, runtime: Runtime, storage: Storage, *, only_sizes: bool = False, as_json: bool = False
+) -> None:
     """Encode every image of data.shards with the backbone in eval mode, and write its levels to `out`.
 
     Arithmetic is fp32 whatever train.precision is, without TF32. The batches that the backbone sees are the same on
@@ -65,6 +67,7 @@ def extract(config: Config, out: Path, runtime: Runtime, storage: Storage, *, on
         runtime: this process among the others.
         storage: how features are stored.
         only_sizes: print what they would take, and stop.
+        as_json: print that as JSON.
 
     Raises:
         UserError: something about data, folder, disk or a number that cannot be stored that the user can mend.
@@ -74,8 +77,10 @@ def extract(config: Config, out: Path, runtime: Runtime, storage: Storage, *, on
     pipeline = open_pipeline(replace(config, data=replace(config.data, features="")), runtime)
     network = make_network(pipeline, pretrained=True).eval()
     sizes = _measured(pipeline, network)
-    if runtime.is_main:
-        print(table(sizes, len(pipeline.manifest), storage.dtype, zstd=storage.zstd), flush=True)
+    if runtime.is_main and (only_sizes or not runtime.quiet):
+        images = len(pipeline.manifest)
+        text = table(sizes, images, storage.dtype, zstd=storage.zstd)
+        print(json.dumps(summary(sizes, images), indent=2) if as_json else text, flush=True)
     if only_sizes:
         return
     job, fields = _job(pipeline, network, out, storage, sizes)
@@ -95,7 +100,7 @@ def extract(config: Config, out: Path, runtime: Runtime, storage: Storage, *, on
         _write(pipeline, network, job, left, sizes.of(storage.dtype, zstd=storage.zstd))
         runtime.barrier()
         runtime.on_main(end)
-    if runtime.is_main:
+    if runtime.is_main and not runtime.quiet:
         print(f"{out} holds the features of {len(job.manifest)} images; train from it with data.features={out}")
 
 
@@ -165,7 +170,7 @@ def _write(pipeline: Pipeline, network: MILModel, job: FeatureJob, left: list[in
     others = [shard for shard in left if shard not in mine]
     rows = np.concatenate([np.array(job.rows(shard), np.int64) for shard in mine] or [np.empty(0, np.int64)])
     total = len(job.manifest)
-    with progress(total, "encoding", "images", quiet=not runtime.is_main) as bar:
+    with progress(total, "encoding", "images", quiet=runtime.quiet or not runtime.is_main) as bar:
         bar.update(total - sum(len(job.rows(shard)) for shard in left))
         counted = _Counted(bar, job, others)
         batches = counted.over(_encoded(pipeline, network, rows, size=pipeline.config.evaluate.batch_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -41,6 +42,20 @@ def measure(manifest: Manifest, images: Sequence[Mapping[int, Tensor]], rows: np
             except UserError:
                 image_bytes[dtype, zstd] = None
     return Sizes({level: tuple(x.shape) for level, x in images[0].items()}, image_bytes)
+
+
+def summary(sizes: Sizes, images: int) -> dict[str, Any]:
+    """The sizes for a script: shapes of the levels, and bytes of an image and of all for every way to store them."""
+    ways = [
+        {
+            "dtype": dtype,
+            "zstd": zstd,
+            "image_bytes": size,
+            "all_bytes": None if size is None else size * images,
+        }
+        for (dtype, zstd), size in sizes.image_bytes.items()
+    ]
+    return {"images": images, "levels": {str(level): list(x) for level, x in sizes.shapes.items()}, "ways": ways}
 
 
 def table(sizes: Sizes, images: int, dtype: FeatureType, *, zstd: bool) -> str:

@@ -12,15 +12,14 @@ from msmil.bags.build import BagMaker
 from msmil.bags.tiling import padded_size, tile_hw, tile_origins
 from msmil.config import Config
 from msmil.config_checks import tile_sizes
+from msmil.engine.data import open_data
 from msmil.engine.features import check_encoder, choose_levels, open_features
 from msmil.engine.runtime import Runtime
 from msmil.models.build import build_model
 from msmil.models.mil import MILModel
 from msmil.types import Bag
-from shards.errors import UserError
 from shards.features import Features
-from shards.folds import with_fold
-from shards.manifest import Manifest, check_shards, read_manifest
+from shards.manifest import Manifest
 from shards.types import Batch
 
 
@@ -63,26 +62,6 @@ class Pipeline:
             return {"tiles_BNCPP": bag.tiles_BNCPP}
         levels = {level: to_device(x, self.runtime.device).float() for level, x in batch.levels.items()}
         return {"tiles_BNCPP": None, "levels": levels}
-
-
-def open_data(config: Config) -> Manifest:
-    """Read and check the data set of a configuration: shards whole, labels known, its fold in place.
-
-    Raises:
-        UserError: as read_manifest, check_shards and with_fold; a label that the manifest does not have.
-    """
-    manifest = read_manifest(config.data.shards)
-    for label in config.data.labels:
-        if label not in manifest.labels:
-            fix = f"choose from {', '.join(manifest.labels)}"
-            raise UserError(f"data.labels names {label!r}, which is not packed", file=manifest.directory, fix=fix)
-    check_shards(manifest)
-    data = config.data
-    if data.folds == "none":
-        return manifest
-    return with_fold(
-        manifest, folds=data.folds, fold=data.fold, seed=data.fold_seed, labels=data.labels, rule=data.fold_rule
-    )
 
 
 def open_pipeline(config: Config, runtime: Runtime) -> Pipeline:

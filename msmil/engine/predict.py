@@ -76,7 +76,7 @@ def _forward(
     with (
         eval_mode(module),
         torch.inference_mode(),
-        progress(len(rows_M), what, "images", quiet=not runtime.is_main) as bar,
+        progress(len(rows_M), what, "images", quiet=runtime.quiet or not runtime.is_main) as bar,
     ):
         for batch in stream:
             bag = pipeline.bag(batch, epoch=None)

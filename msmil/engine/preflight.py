@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 from msmil.config import Config
-from msmil.engine.checkpoint import newest
+from msmil.engine.checkpoint_state import newest
+from msmil.engine.data import open_data
+from msmil.engine.environment import refuse_environment
 from msmil.engine.features import choose_levels, open_features
-from msmil.engine.pipeline import build_network, open_data
+from msmil.engine.pipeline import build_network
 from msmil.engine.run_folder import RunFolder, nearest_folder
-from msmil.engine.runtime import gpu_in_use, refuse_environment, refuse_on_cpu
+from msmil.engine.runtime import gpu_in_use, refuse_on_cpu
 from msmil.models.backbone import set_gradient_checkpointing, set_trainable
 from msmil.models.weights import check_weights
 from shards.errors import UserError

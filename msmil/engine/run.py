@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from msmil.config import Config
 from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
-from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest
+from msmil.engine.checkpoint import Checkpoint, load_checkpoint
+from msmil.engine.checkpoint_state import newest
 from msmil.engine.losses import BagLoss, auto_pos_weight
 from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
@@ -59,7 +60,7 @@ def open_run(config: Config, runtime: Runtime) -> Run:
         folder.open(config, world=runtime.world, device=runtime.device_name)
 
     runtime.on_main(make_folder)
-    open_log(folder.log if runtime.is_main else None)
+    open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
     schedule = make_schedule(pipeline)
     network = make_network(pipeline, pretrained=newest(folder.checkpoints) is None)
     ema = build_ema(network, config.train.ema_decay)
@@ -69,7 +70,7 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     if runtime.is_main:
         run.tracker = Tracker(folder.tensorboard, start_step=run.state.step, total_steps=schedule.total_steps)
         run.tracker.text("configuration", dump_config(config))
-        run.tracker.open_progress()
+        run.tracker.open_progress(quiet=runtime.quiet)
     return run
 
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from msmil.config import Config
 from msmil.config_io import config_to_dict, dump_config, flatten, load_config
-from msmil.engine.checkpoint import newest
+from msmil.engine.checkpoint_state import newest
 from shards.errors import UserError
 from shards.files import atomic_file
+from shards.types import Split
 
+_LOCK_WAIT_S = 1.0  # `msmil runs` looks at a lock for an instant
 COMMAND_VARIABLE = "MSMIL_COMMAND"  # what the user typed, handed down to the ranks
 
 # What a resumed run may change: nothing that moves a weight. The data are held by their fingerprint, not by their path.
@@ -42,6 +47,7 @@ class RunFolder:
         self.predictions = self.root / "predictions"
         self.metrics = self.root / "metrics"
         self.figures = self.root / "figures"
+        self._lock_file = self.root / ".lock"
         self._locked: int | None = None
 
     def check(self, config: Config) -> None:
@@ -85,20 +91,62 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Two trainings of one name would delete each other's checkpoints. The kernel unlocks when we end."""
-        descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        end_s = time.monotonic() + _LOCK_WAIT_S
+        while not _flock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() > end_s:
+                os.close(descriptor)
+                fix = "wait until it ends, or choose another name"
+                raise UserError("another process trains into this folder", file=self.root, fix=fix)
+            time.sleep(_LOCK_WAIT_S / 20)
+        self._locked = descriptor
+
+    def in_training(self) -> bool:
+        """Whether a process trains into this folder now.
+
+        It is asked with a shared lock that is given back at once: a training that starts in that moment waits for it.
+        On a network file system that keeps no locks, a training on another machine goes unseen.
+
+        Raises:
+            OSError: the lock file may not be read.
+        """
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._locked = descriptor
-        except BlockingIOError:
+            descriptor = os.open(self._lock_file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _flock(descriptor, fcntl.LOCK_SH)
+        finally:
             os.close(descriptor)
-            fix = "wait until it ends, or choose another name"
-            raise UserError("another process trains into this folder", file=self.root, fix=fix) from None
 
     def close(self) -> None:
         """Unlock the folder."""
         if self._locked is not None:
             os.close(self._locked)
             self._locked = None
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    """Lock without waiting; False where another process holds it."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def read_results(folder: RunFolder, split: Split) -> dict[str, Any]:
+    """The content of metrics/<split>.json.
+
+    Raises:
+        UserError: it is missing or no JSON.
+    """
+    file = folder.metrics / f"{split}.json"
+    try:
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({error})", file=file, fix="remove it and evaluate the run again") from None
+    return results
 
 
 def nearest_folder(path: Path) -> Path:

@@ -14,41 +14,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from msmil.config import TrainConfig
+from msmil.engine.environment import refuse_environment
 from shards.errors import UserError
-
-# `accelerate launch` sets these values itself when nobody chose anything
-_SAYS_NOTHING = {"", "no", "false", "0", "none"}
-_OTHER_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
-    "ACCELERATE_USE_FSDP": "fsdp",
-    "ACCELERATE_USE_MEGATRON_LM": "megatron_lm",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
-}
-
-
-def refuse_environment(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse variables through which an accelerate config file would make the recorded configuration untrue.
-
-    Raises:
-        UserError: a variable contradicts the configuration; both values are named.
-    """
-    said = {key: value for key, value in environment.items() if value.lower() not in _SAYS_NOTHING}
-
-    def refuse(variable: str, key: str, value: object) -> None:
-        fix = f"leave it out of the accelerate config file and the shell, or change {key} in the experiment"
-        raise UserError(f"{variable}={said[variable]} contradicts {key}: {value}", fix=fix)
-
-    for variable in _OTHER_ENGINES:
-        if variable in said:
-            refuse(variable, "train.engine", config.engine)
-    precision = {"fp32": "no"}.get(config.precision, config.precision)
-    if said.get("ACCELERATE_MIXED_PRECISION", precision).lower() != precision:
-        refuse("ACCELERATE_MIXED_PRECISION", "train.precision", config.precision)
-    steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-    if said.get(steps, str(config.accumulation)) != str(config.accumulation):
-        refuse(steps, "train.accumulation", config.accumulation)
-    if "ACCELERATE_DYNAMO_BACKEND" in said:
-        refuse("ACCELERATE_DYNAMO_BACKEND", "train.compile", config.compile)
 
 
 class Runtime:
@@ -58,9 +25,10 @@ class Runtime:
         rank, world: which process this is, of how many.
         device: where tensors go.
         is_main: rank 0, which alone writes files and logs.
+        quiet: no progress and no information on the terminal; files are the same.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, quiet: bool = False) -> None:
         refuse_environment(config)
         # accelerate lets this variable win over its argument; accumulation is ours alone
         os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
@@ -76,6 +44,7 @@ class Runtime:
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
+        self.quiet = quiet
 
     @property
     def device_name(self) -> str:

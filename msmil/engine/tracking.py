@@ -90,11 +90,11 @@ class Tracker:
         self._stack = ExitStack()
         self._bar: Progress | None = None
 
-    def open_progress(self) -> None:
+    def open_progress(self, *, quiet: bool = False) -> None:
         """Show the progress over all steps of the run."""
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             self._stack.enter_context(logging_redirect_tqdm([log]))
-        context: AbstractContextManager[Progress] = progress(self._total_steps, "training", "steps")
+        context: AbstractContextManager[Progress] = progress(self._total_steps, "training", "steps", quiet=quiet)
         self._bar = self._stack.enter_context(context)
         self._bar.update(self._start_step)
 

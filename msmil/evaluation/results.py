@@ -16,6 +16,7 @@ from msmil.evaluation.classification import METRICS, Scores, choose_threshold, r
 from msmil.evaluation.legacy import LEGACY_THRESHOLD, legacy_scores
 from msmil.evaluation.predictions import check_predictions
 from msmil.types import Prediction
+from shards.tables import aligned
 from shards.types import UNKNOWN
 
 Array = NDArray[Any]
@@ -143,7 +144,7 @@ def results_table(results: Mapping[str, Any], localisation: Mapping[str, Any] | 
         lines += ["", f"{label}: {merged['positives']} of {merged['images']} images positive"]
         rows = [head, _row("all scales", merged)]
         rows += [_row(f"scale {scale}", branch) for scale, branch in merged["scales"].items()]
-        lines += aligned(rows)
+        lines += aligned(rows, indent=2)
         lines += [f"  no {name}: {reason}" for name, reason in merged["undefined"].items()]
         f1, accuracy = (number(results["legacy"][label][name]) for name in ("f1_weighted", "balanced_accuracy"))
         lines.append(f"  as published, at {LEGACY_THRESHOLD}: weighted F1 {f1}, balanced accuracy {accuracy}")
@@ -157,7 +158,7 @@ def results_table(results: Mapping[str, Any], localisation: Mapping[str, Any] | 
                 numbers = [number(found[key]) for key in ("rate", "chance")]
                 ratio = "-" if found["ratio"] is None else f"{found['ratio']:.1f}"
                 rows.append([label, map_name, str(found["images"]), str(found["hits"]), *numbers, ratio])
-        lines += aligned(rows, left=2)
+        lines += aligned(rows, left=2, indent=2)
     return "\n".join(lines)
 
 
@@ -174,13 +175,3 @@ def number(value: float | None) -> str:
 
 def _with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
     return number(value) if bounds is None else f"{number(value)} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Rows of equal length as lines, the first `left` columns flush left and the others flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = [
-        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    return ["  " + "  ".join(row).rstrip() for row in cells]

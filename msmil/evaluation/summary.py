@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from msmil.evaluation.classification import METRICS
 from msmil.evaluation.predictions import write_atomically
-from msmil.evaluation.results import aligned, number
+from msmil.evaluation.results import number
+from shards.tables import aligned
 
 Values = dict[str, float | None]
 _SHOWN: Final = ("auroc", "average_precision", "balanced_accuracy")
@@ -101,7 +102,7 @@ def summary_table(summary: Summary, labels: Sequence[str]) -> str:
             stem = column.removesuffix(metric)
             rows.append([f"{split} {label}", branch, *(_spread(summary, stem + name) for name in _SHOWN)])
     lines = [f"Mean and standard deviation of {len(summary.runs)} runs ({', '.join(summary.runs)})"]
-    return "\n".join(lines + aligned(rows, left=2))
+    return "\n".join(lines + aligned(rows, left=2, indent=2))
 
 
 def _spread(summary: Summary, column: str) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from msmil.engine.checkpoint import load_checkpoint, newest
+from msmil.engine.checkpoint import load_checkpoint
+from msmil.engine.checkpoint_state import newest
 from tests.experiments import write_tiny
 from tests.worlds import ROOT, environment, wait_for
 

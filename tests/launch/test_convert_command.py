@@ -16,7 +16,8 @@ from launch.cli import main
 from launch.evaluate import _config
 from launch.evaluate import main as evaluate_main
 from msmil.config_io import dump_config, load_config
-from msmil.engine.checkpoint import load_checkpoint, newest
+from msmil.engine.checkpoint import load_checkpoint
+from msmil.engine.checkpoint_state import newest
 from msmil.engine.evaluate import find_checkpoint
 from msmil.engine.pipeline import build_network
 from msmil.engine.preflight import check_experiment

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from msmil.engine.checkpoint import load_checkpoint, newest
+from msmil.engine.checkpoint import load_checkpoint
+from msmil.engine.checkpoint_state import newest
 from tests.worlds import msmil
 
 pytestmark = pytest.mark.slow

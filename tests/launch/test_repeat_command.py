@@ -18,7 +18,8 @@ from launch import evaluate, train
 from launch.cli import main
 from launch.repeat import make_parts
 from msmil.config_io import load_config
-from msmil.engine.checkpoint import load_checkpoint, newest
+from msmil.engine.checkpoint import load_checkpoint
+from msmil.engine.checkpoint_state import newest
 from msmil.engine.pipeline import open_pipeline
 from msmil.engine.run import check_data
 from msmil.engine.runtime import Runtime

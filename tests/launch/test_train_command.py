@@ -15,7 +15,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from msmil.engine.checkpoint import load_checkpoint, newest, pointed
+from msmil.engine.checkpoint import load_checkpoint
+from msmil.engine.checkpoint_state import newest, pointed
 from shards.manifest import read_manifest
 from tests.archives import make_grouped_archive
 from tests.experiments import write_tiny

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from msmil.engine.checkpoint import load_checkpoint, newest, point, pointed, prune, save_checkpoint
+from msmil.engine.checkpoint import load_checkpoint, point, prune, save_checkpoint
+from msmil.engine.checkpoint_state import newest, pointed
 from msmil.types import TrainState
 from shards.errors import UserError
 

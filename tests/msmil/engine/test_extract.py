@@ -16,7 +16,8 @@ import torch
 from msmil.config import Config
 from msmil.config_io import load_config
 from msmil.engine import extract as extract_module
-from msmil.engine.checkpoint import load_checkpoint, newest
+from msmil.engine.checkpoint import load_checkpoint
+from msmil.engine.checkpoint_state import newest
 from msmil.engine.evaluate import evaluate
 from msmil.engine.extract import Storage, extract
 from msmil.engine.pipeline import open_pipeline, with_encoder_of

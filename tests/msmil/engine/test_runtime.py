@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from msmil.config import TrainConfig
-from msmil.engine.runtime import Runtime, refuse_environment
+from msmil.engine.environment import refuse_environment
+from msmil.engine.runtime import Runtime
 from shards.errors import UserError
 
 

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from msmil.config import Config
 from msmil.config_io import load_config
-from msmil.engine.checkpoint import load_checkpoint, newest, pointed
+from msmil.engine.checkpoint import load_checkpoint
+from msmil.engine.checkpoint_state import newest, pointed
 from msmil.engine.evaluate import evaluate, evaluated_weights
 from msmil.engine.run import open_run
 from msmil.engine.run_folder import RunFolder

@@ -1,0 +1,28 @@
+"""The data set of a configuration, checked; imports no torch."""
+
+from __future__ import annotations
+
+from msmil.config import Config
+from shards.errors import UserError
+from shards.folds import with_fold
+from shards.manifest import Manifest, check_shards, read_manifest
+
+
+def open_data(config: Config) -> Manifest:
+    """Read and check the data set of a configuration: shards whole, labels known, its fold in place.
+
+    Raises:
+        UserError: as read_manifest, check_shards and with_fold; a label that the manifest does not have.
+    """
+    manifest = read_manifest(config.data.shards)
+    for label in config.data.labels:
+        if label not in manifest.labels:
+            fix = f"choose from {', '.join(manifest.labels)}"
+            raise UserError(f"data.labels names {label!r}, which is not packed", file=manifest.directory, fix=fix)
+    check_shards(manifest)
+    data = config.data
+    if data.folds == "none":
+        return manifest
+    return with_fold(
+        manifest, folds=data.folds, fold=data.fold, seed=data.fold_seed, labels=data.labels, rule=data.fold_rule
+    )

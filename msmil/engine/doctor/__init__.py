@@ -1,0 +1,1 @@
+"""What this machine offers, and what would go wrong. Imports no torch: what could crash runs in a child process."""

@@ -1,0 +1,50 @@
+"""What the shell and the machine say before anything starts; imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Final
+
+from msmil.config import TrainConfig
+from shards.errors import UserError
+
+_CPU_RANKS: Final = 2
+# `accelerate launch` sets these values itself when nobody chose anything
+_SAYS_NOTHING: Final = {"", "no", "false", "0", "none"}
+_OTHER_ENGINES: Final = {
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_USE_FSDP": "fsdp",
+    "ACCELERATE_USE_MEGATRON_LM": "megatron_lm",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+
+
+def refuse_environment(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse variables through which an accelerate config file would make the recorded configuration untrue.
+
+    Raises:
+        UserError: a variable contradicts the configuration; both values are named.
+    """
+    said = {key: value for key, value in environment.items() if value.lower() not in _SAYS_NOTHING}
+
+    def refuse(variable: str, key: str, value: object) -> None:
+        fix = f"leave it out of the accelerate config file and the shell, or change {key} in the experiment"
+        raise UserError(f"{variable}={said[variable]} contradicts {key}: {value}", fix=fix)
+
+    for variable in _OTHER_ENGINES:
+        if variable in said:
+            refuse(variable, "train.engine", config.engine)
+    precision = {"fp32": "no"}.get(config.precision, config.precision)
+    if said.get("ACCELERATE_MIXED_PRECISION", precision).lower() != precision:
+        refuse("ACCELERATE_MIXED_PRECISION", "train.precision", config.precision)
+    steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    if said.get(steps, str(config.accumulation)) != str(config.accumulation):
+        refuse(steps, "train.accumulation", config.accumulation)
+    if "ACCELERATE_DYNAMO_BACKEND" in said:
+        refuse("ACCELERATE_DYNAMO_BACKEND", "train.compile", config.compile)
+
+
+def default_ranks(num_gpus: int) -> int:
+    """One rank per GPU; on a machine without any, two CPU ranks (one on a single core)."""
+    return num_gpus or min(_CPU_RANKS, os.cpu_count() or 1)
