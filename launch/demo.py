@@ -26,9 +26,9 @@ def add_parser(subparsers: Any) -> None:
     """Add `msmil demo`."""
     parser = subparsers.add_parser(
         "demo",
-        help="phantoms -> shards -> training -> evaluation, in minutes",
-        description="Make phantoms, pack them, train the demo's experiment and evaluate it. What is done already is "
-        "kept: the same command again goes on where it was stopped.",
+        help="phantoms -> shards -> training -> evaluation -> report, in minutes",
+        description="Make phantoms, pack them, train the demo's experiment, evaluate and report it. What is done "
+        "already is kept: the same command again goes on where it was stopped.",
         epilog=f"example: msmil demo --data data/demo --config {CONFIG} seed=11 name=demo_11",
     )
     parser.add_argument("--data", default="data/demo", help="folder for phantoms and shards (default: data/demo)")
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         ["verify", str(data / "shards")],
         ["train", args.config, *overrides, *ranks],
         ["evaluate", run_folder, *ranks],
+        ["report", run_folder],
     ):
         _announce(command)
         code = main(command)
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
             return code
     minutes = (time.monotonic() - start_s) / 60
     print(f"\nThe demo took {minutes:.1f} minutes. Metrics, predictions and figures are in {run_folder}.")
+    print(f"Report: {Path(run_folder) / 'report.html'}")
     print(f"Curves: tensorboard --logdir {config.output_dir}")
     return 0
 
