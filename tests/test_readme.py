@@ -44,7 +44,7 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     assert all(f"\n{target}:" in makefile for target in ("demo", "test", "test-fast"))
 
 
-COMMANDS = ["demo", "phantom", "pack", "verify", "convert", "extract", "train", "evaluate", "repeat"]
+COMMANDS = ["demo", "phantom", "pack", "verify", "convert", "extract", "train", "evaluate", "report", "repeat"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

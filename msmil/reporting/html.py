@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from msmil.evaluation.results import number
 from msmil.reporting.figures import png
 
 _CSS_PIXELS = 96 / 150  # of a figure's pixels, drawn at 150 per inch
+_TAG = re.compile(r"</?code>")  # the one that headings of columns may have
 
 
 class Markup(str):
@@ -34,20 +37,26 @@ class Section:
 
 
 class Budget:
-    """Bytes of pictures that a part of the page may still take. What did not fit is counted, to be said."""
+    """Bytes of pictures that a part of the page may still take."""
 
     def __init__(self, num_bytes: int) -> None:
         self.left_bytes = num_bytes
-        self.left_out = 0
 
     def fits(self, data: Sequence[bytes]) -> bool:
-        """Whether pictures fit together; if so their bytes are taken, if not they are counted as left out."""
+        """Whether pictures fit together; if so, their bytes are taken."""
         needed = sum(encoded_bytes(one) for one in data)
         if needed > self.left_bytes:
-            self.left_out += len(data)
             return False
         self.left_bytes -= needed
         return True
+
+    @contextmanager
+    def share(self, parts: int) -> Iterator[Budget]:
+        """One of so many equal parts of what is left; what is not used of it comes back."""
+        part = Budget(self.left_bytes // parts)
+        self.left_bytes -= part.left_bytes
+        yield part
+        self.left_bytes += part.left_bytes
 
 
 def encoded_bytes(data: bytes) -> int:
@@ -84,8 +93,8 @@ def missing(text: str, command: str = "") -> Markup:
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]], *, left: int = 1, class_: str = "") -> Markup:
     """A table; the first `left` columns are flush left. On a narrow screen a row becomes a block of named values."""
-    names = [esc(cell) for cell in head]
-    cells = [f"<th scope=col{_side(i, left)}>{name}</th>" for i, name in enumerate(names)]
+    cells = [f"<th scope=col{_side(i, left)}>{esc(name)}</th>" for i, name in enumerate(head)]
+    names = [html.escape(_TAG.sub("", str(name))) for name in head]
     lines = [f'<table class="{html.escape(class_)}"><thead><tr>{"".join(cells)}</tr></thead><tbody>']
     for row in rows:
         first = f"<th scope=row{_side(0, left)}>{esc(row[0])}</th>"
@@ -142,15 +151,13 @@ def page(title: str, intro: Markup, sections: Sequence[tuple[Section, Sequence[S
     """The whole page: table of contents and sections, each with the sections below it."""
     entries, parts = [], []
     for section, below in sections:
-        inner = "".join(f'<li><a href="#{one.id}">{esc(one.title)}</a></li>' for one in below)
-        entries.append(
-            f'<li><a href="#{section.id}">{esc(section.title)}</a>{f"<ul>{inner}</ul>" if inner else ""}</li>'
-        )
+        links = Markup(" ".join(f'<li><a href="#{one.id}">{esc(one.title)}</a></li>' for one in below))
+        entries.append(f'<li><a href="#{section.id}">{esc(section.title)}</a></li>')
         within = [f'<section id="{one.id}"><h3>{esc(one.title)}</h3>\n{one.body}</section>' for one in below]
-        body = join(within)
         if section.collapsed:
-            body = details("All about this run", body)
-        parts.append(f'<section id="{section.id}"><h2>{esc(section.title)}</h2>\n{section.body}{body}</section>')
+            within = [details("All about this run", join([f'<ul class="links">{links}</ul>', *within]))]
+        heading = f"<h2>{esc(section.title)}</h2>"
+        parts.append(f'<section id="{section.id}">{heading}\n{section.body}{join(within)}</section>')
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -27,7 +27,8 @@ from msmil.reporting.sections.results import (
 from msmil.reporting.sections.training import training_section
 
 LIMIT_BYTES: Final = 15_000_000
-_PICTURES_BYTES: Final = 13_500_000  # the rest is for texts and tables
+_TEXT_BYTES: Final = 1_000_000  # of all sections
+_RUN_BYTES: Final = 4_000  # of a run in the tables
 DETAILED: Final = len(SERIES)  # runs with sections of their own: as many as one picture tells apart
 
 
@@ -52,37 +53,36 @@ def write_report(folders: Sequence[Path], output: Path, *, split: str, show_ids:
 
 def build_report(runs: Sequence[RunFiles], *, show_ids: bool) -> str:
     """The page, below LIMIT_BYTES: what does not fit is left out and said."""
+    budget = Budget(LIMIT_BYTES - _TEXT_BYTES - _RUN_BYTES * len(runs))
     if len(runs) == 1:
-        parts = [(section, ()) for section in _run_sections(runs[0], "", Budget(_PICTURES_BYTES), show_ids=show_ids)]
-        title = f"msmil report: {runs[0].name}"
-        return page(
-            title,
-            join([_intro(runs), glance(runs[0])]),
-            [(_with_problems(parts[0][0], runs[0]), ()), *parts[1:]],
-            _css(),
-        )
-    detailed, left_bytes = runs[:DETAILED], _PICTURES_BYTES
-    share = Budget(left_bytes // (len(detailed) + 1))
-    comparison = comparison_section(runs, detailed, share)
-    left_bytes -= left_bytes // (len(detailed) + 1) - share.left_bytes
-    sections: list[tuple[Section, Sequence[Section]]] = [(comparison, ())]
-    for place, run in enumerate(detailed, start=1):
-        share = Budget(left_bytes // (len(detailed) + 1 - place))
-        left_bytes -= share.left_bytes
-        below = _run_sections(run, f"run-{place}-", share, show_ids=show_ids)
-        left_bytes += share.left_bytes
-        below[0] = _with_problems(below[0], run)
-        sections.append((Section(f"run-{place}", f"Run {run.name}", glance(run), collapsed=True), below))
+        (run,) = runs
+        sections = [(section, ()) for section in _run_sections(run, "", budget, show_ids=show_ids)]
+        return page(f"msmil report: {run.name}", join([_intro(runs), glance(run)]), sections, _css())
+    return page(f"msmil report: {len(runs)} runs", _intro(runs), _side_by_side(runs, budget, show_ids=show_ids), _css())
+
+
+def _side_by_side(
+    runs: Sequence[RunFiles], budget: Budget, *, show_ids: bool
+) -> list[tuple[Section, Sequence[Section]]]:
+    """The comparison, then the sections of the first runs; each may use its share of what is left."""
+    detailed = runs[:DETAILED]
+    with budget.share(len(detailed) + 1) as part:
+        sections: list[tuple[Section, Sequence[Section]]] = [(comparison_section(runs, detailed, part), ())]
+    for place, run in enumerate(detailed):
+        with budget.share(len(detailed) - place) as part:
+            below = _run_sections(run, f"run-{place + 1}-", part, show_ids=show_ids)
+        sections.append((Section(f"run-{place + 1}", f"Run {run.name}", glance(run), collapsed=True), below))
     if len(runs) > len(detailed):
         names = ", ".join(run.name for run in runs[DETAILED:])
         text = f"Only the first {DETAILED} runs have sections of their own; left out: {names}."
         more = missing(text, "msmil report RUN")
         sections.append((Section("left-out", "Runs without sections of their own", more), ()))
-    return page(f"msmil report: {len(runs)} runs", _intro(runs), sections, _css())
+    return sections
 
 
 def _run_sections(run: RunFiles, prefix: str, budget: Budget, *, show_ids: bool) -> list[Section]:
-    return [
+    """All about a run. What could not be used of its files is known, and said first, once all sections are made."""
+    first, *others = (
         data_section(run, prefix),
         recipe_section(run, prefix),
         results_section(run, prefix),
@@ -91,13 +91,9 @@ def _run_sections(run: RunFiles, prefix: str, budget: Budget, *, show_ids: bool)
         localisation_section(run, prefix),
         training_section(run, prefix, budget),
         gallery_section(run, prefix, budget, show_ids=show_ids),
-    ]
-
-
-def _with_problems(first: Section, run: RunFiles) -> Section:
-    """The first section with what could not be used of the run's files, known once all sections are made."""
+    )
     problems = [missing(text) for text in dict.fromkeys(run.problems)]
-    return replace(first, body=join([*problems, first.body])) if problems else first
+    return [replace(first, body=join([*problems, first.body])), *others]
 
 
 def _intro(runs: Sequence[RunFiles]) -> Markup:

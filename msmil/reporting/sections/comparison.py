@@ -11,7 +11,7 @@ from msmil.evaluation.bootstrap import PatientBootstrap
 from msmil.evaluation.classification import rank
 from msmil.evaluation.results import columns, number
 from msmil.reporting.figures import Series, intervals, lines
-from msmil.reporting.html import Budget, Markup, Section, element, figures, join, missing, paragraph, table
+from msmil.reporting.html import Budget, Markup, Section, element, esc, figures, join, missing, paragraph, table
 from msmil.reporting.html import with_bounds as bounds
 from msmil.reporting.run_files import RunFiles
 from msmil.reporting.sections.results import SPLIT_NAMES, confidence, words
@@ -19,6 +19,7 @@ from msmil.reporting.trees import bounds_at, mapping_at, number_at, text_at, who
 
 _LABEL_COLUMNS: Final = 6
 _OPTION_COLUMNS: Final = 8
+_RUN_COLUMNS: Final = 8
 _ROWS_OF_FIGURE: Final = 40
 _NOT_AN_OPTION: Final = ("name", "output_dir")
 _REPEATED: Final = {"seed", "data.fold", "data.folds", "data.fold_seed"}  # what `msmil repeat` varies
@@ -77,9 +78,17 @@ def _results(runs: Sequence[RunFiles], labels: Sequence[str], differing: Sequenc
     judged = next((run for run in runs if mapping_at(run.results, "labels")), None)
     parts = [table(head, rows, left=4)]
     if judged is not None:
-        text = f"Results on the {SPLIT_NAMES[judged.split]} split; brackets: {confidence(judged):.0%} intervals from "
-        parts.append(paragraph(text + "resampled patients of each run's own images.", "small"))
+        text = (
+            f"Results on the {SPLIT_NAMES[judged.split]} split; brackets: {_coverage(runs)} from resampled patients of "
+        )
+        parts.append(paragraph(text + "each run's own images.", "small"))
     return join(parts)
+
+
+def _coverage(runs: Sequence[RunFiles]) -> str:
+    """The intervals in words; without a number where runs have different ones."""
+    found = {confidence(run) for run in runs if mapping_at(run.results, "labels")}
+    return f"{found.pop():.0%} interval" if len(found) == 1 else "interval"
 
 
 def _mean_row(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[object]:
@@ -104,11 +113,18 @@ def _differing(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _options(runs: Sequence[RunFiles], differing: Sequence[str]) -> Markup:
+    """A row per option where few runs are compared, else a row per run."""
     if not differing:
         return paragraph("Nothing but their names.")
-    shown = differing[:_OPTION_COLUMNS]
-    rows = [[run.name, *(_short(flatten(run.config).get(key)) for key in shown)] for run in runs]
-    parts = [table(["run", *(Markup(f"<code>{key}</code>") for key in shown)], rows)]
+    few = len(runs) <= _RUN_COLUMNS
+    shown = differing if few else differing[:_OPTION_COLUMNS]
+    flat = [flatten(run.config) for run in runs]
+    names = [Markup(f"<code>{esc(key)}</code>") for key in shown]
+    if few:
+        rows = [[name, *(_short(one.get(key)) for one in flat)] for name, key in zip(names, shown, strict=True)]
+        return table(["option", *(run.name for run in runs)], rows, class_="options")
+    by_run = [[run.name, *(_short(one.get(key)) for key in shown)] for run, one in zip(runs, flat, strict=True)]
+    parts = [table(["run", *names], by_run)]
     if len(differing) > len(shown):
         parts.append(missing(f"They also differ in {', '.join(differing[_OPTION_COLUMNS:])}."))
     return join(parts)
@@ -127,7 +143,7 @@ def _figures(runs: Sequence[RunFiles], detailed: Sequence[RunFiles], labels: Seq
         named = [(run.name, run.branch(label)) for run in shown]
         rows = [(name, b["auroc"], b["auroc_ci"]) for name, b in named if b["auroc"] is not None]
         if rows:
-            figure = intervals(f"{words(label)}: AUROC{of}", rows, x_label="AUROC and its interval")
+            figure = intervals(f"{words(label)}: AUROC{of}", rows, x_label=f"AUROC, {_coverage(runs)}")
             drawn.append((figure, f"{words(label)}: AUROC and interval of every run{of}, as in the table"))
     for label in labels[:_LABEL_COLUMNS]:
         series = [one for run in detailed if (one := _roc(run, label)) is not None]

@@ -95,7 +95,7 @@ def recipe_section(run: RunFiles, prefix: str) -> Section:
     ]
     if not rows:
         return Section(f"{prefix}recipe", "Recipe", missing("config.yaml cannot be read."))
-    parts = [paragraph(_progress(run)), table(["option", "value", "meaning"], rows, left=3, class_="options")]
+    parts = [paragraph(_progress(run)), table(["option", "value", "meaning"], rows, left=3, class_="options told")]
     whole = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100)
     parts.append(details("The whole configuration", element("pre", whole)))
     if run.environment:

@@ -42,6 +42,7 @@ def build(*folders: Path, show_ids: bool = False, split: str = "test") -> Page:
     assert len(set(ids)) == len(ids)
     assert set(targets) <= set(ids)
     assert targets, "a table of contents"
+    assert not re.search(r"</?(h\d|p|code|span|td|li|b)\b", page.text), "HTML where a reader sees it"
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert all((a["alt"] or "").strip() and str(a["src"]).startswith("data:image/") for a in images)
     assert not re.search(r"(src|href)=[\"']?(https?:)?//|url\(|@import", text), "something outside of the file"
@@ -226,14 +227,15 @@ def test_what_does_not_fit_is_left_out_evenly_and_said(run: Path, monkeypatch: p
     whole = build(run)
     figures = sum(len(src) for src in whole.of("img", "src") if src.startswith("data:image/png"))
     pictures = sum(len(src) for src in whole.of("img", "src") if src.startswith("data:image/jpeg"))
-    monkeypatch.setattr(report, "_PICTURES_BYTES", figures + pictures * 3 // 4)
+    text_bytes = report._TEXT_BYTES + report._RUN_BYTES
+    monkeypatch.setattr(report, "LIMIT_BYTES", text_bytes + figures + pictures * 3 // 4)
     page = build(run)
     assert "images are left out for the size of this file" in page.text
     alternatives = " ".join(page.of("img", "alt"))
     for label in LABELS:
         assert f"{label.replace('_', ' ')}, hit 1" in alternatives
     assert sum(map(len, page.of("img", "src"))) < figures + pictures * 3 // 4
-    monkeypatch.setattr(report, "_PICTURES_BYTES", 10_000)
+    monkeypatch.setattr(report, "LIMIT_BYTES", text_bytes + 10_000)
     assert "A figure is left out for the size of this file" in build(run).text
 
 
