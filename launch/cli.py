@@ -10,7 +10,21 @@ from collections.abc import Sequence
 from typing import Final
 
 import msmil
-from launch import completion, convert, demo, doctor, evaluate, extract, pack, phantom, repeat, runs, train, verify
+from launch import (
+    completion,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    extract,
+    pack,
+    phantom,
+    repeat,
+    report,
+    runs,
+    train,
+    verify,
+)
 from launch.commands import Commands, HelpFormatter
 from launch.terminal import print_error
 from shards.errors import UserError
@@ -30,6 +44,7 @@ COMMANDS: Final = (
     ("training", repeat),
     ("judging", evaluate),
     ("looking", runs),
+    ("looking", report),
     ("published weights", convert),
     ("this machine", doctor),
     ("this machine", completion),

@@ -27,9 +27,9 @@ def add_parser(commands: Commands) -> None:
     """Add `msmil demo`."""
     parser = commands.add_parser(
         "demo",
-        help="phantoms -> shards -> training -> evaluation, in minutes",
-        description="Make phantoms, pack them, train the demo's experiment and evaluate it. What is done already is "
-        "kept: the same command again goes on where it was stopped.",
+        help="phantoms -> shards -> training -> evaluation -> report, in minutes",
+        description="Make phantoms, pack them, train the demo's experiment, evaluate and report it. What is done "
+        "already is kept: the same command again goes on where it was stopped.",
         examples=("msmil demo", "msmil demo --data data/demo_2 --seed 2 seed=11 name=demo_11"),
     )
     add = parser.add_argument
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         ["verify", str(data / "shards"), *quiet],
         ["train", args.config, *overrides, *ranks, *quiet],
         ["evaluate", run_folder, *ranks, *quiet],
+        ["report", run_folder, *quiet],
     ):
         if not args.quiet:
             _announce(command)
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     minutes = (time.monotonic() - start_s) / 60
     print(f"\nThe demo took {minutes:.1f} minutes. Metrics, predictions and figures are in {run_folder}.")
+    print(f"Report: {Path(run_folder) / 'report.html'}")
     print(f"Curves: tensorboard --logdir {config.output_dir}")
     return 0
 

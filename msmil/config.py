@@ -192,6 +192,7 @@ class EvaluateConfig:
     batch_size: int = opt(8, "images per rank and step")
     bootstrap_replicates: int = opt(1000, "patient-clustered bootstrap replicates of each interval")
     confidence: float = opt(0.95, "coverage of the intervals")
+    gallery: int = opt(4, "pictures of hits, of misses and of false alarms per label; 0: no pictures of images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +294,7 @@ _NOT_NEGATIVE = (
     "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd", "bags.augment.cutout_count",
     "loss.instance_weight", "loss.composite_weight", "optim.backbone_lr_factor", "optim.weight_decay",
     "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",
+    "evaluate.gallery",
 )  # fmt: skip
 _BELOW_ONE = (
     "bags.tile_overlap", "bags.augment.scale", "bags.augment.gain", "bags.augment.offset", "model.drop_path_rate",

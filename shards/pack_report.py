@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,14 @@ class PackReport:
 
 def count(table: pa.Table, labels: Sequence[str]) -> dict[str, Any]:
     """Images, exams, patients, positives, unknowns and boxes by split, from a table of samples with plain texts."""
+    return count_parts({split: table.filter(pc.field("split") == split) for split in SPLITS}, labels)
+
+
+def count_parts(parts: Mapping[str, pa.Table], labels: Sequence[str]) -> dict[str, Any]:
+    """The same of tables of samples that somebody else parted."""
     counts: dict[str, Any] = {"images": {}, "exams": {}, "patients": {}}
     counts |= {what: {label: {} for label in labels} for what in ("positives", "unknown", "boxes")}
-    for split in SPLITS:
-        part = table.filter(pc.field("split") == split)
+    for split, part in parts.items():
         counts["images"][split] = part.num_rows
         counts["exams"][split] = len(part.column("exam_id").unique())
         counts["patients"][split] = len(part.column("patient_id").unique())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from msmil.detection.heatmap import map_names, maps
 from msmil.detection.localisation import PeakHits
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint
 from msmil.engine.checkpoint_state import newest, pointed
-from msmil.engine.pictures import map_figures
+from msmil.engine.data_summary import describe_data
+from msmil.engine.pictures import Showing, write_pictures
 from msmil.engine.pipeline import Pipeline, build_network, open_pipeline, with_encoder_of
 from msmil.engine.predict import forward_batches, predict
 from msmil.engine.run import check_data
@@ -49,8 +49,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run on a split, write its files, and return the results.
 
-    Writes predictions/{val,split}.csv, figures/<split>_*.png and, when those are whole, metrics/<split>.json into the
-    run folder. The results of another split than val hold those of val, of the same weights, as "validation".
+    Writes predictions/{val,split}.csv, figures/<split>_*.png, gallery/<split>/ and, when those are whole,
+    metrics/<split>.json into the run folder. The results of another split than val hold those of val, of the same
+    weights, as "validation".
 
     Args:
         config: the run's, perhaps with another data.shards.
@@ -83,6 +84,7 @@ def evaluate(
         results["validation"] = validation_results(evaluation, predictions["val"])
     results["thresholds_from"]["split"] = "val"
     results["data_fingerprint"] = pipeline.manifest.fingerprint
+    results["data"] = describe_data(pipeline.manifest, pipeline.labels)
     results["other_data_than_trained_on"] = other_data
     offsets = cell_centres(evaluation.network, evaluation.pipeline.tile_hw)
     results["localisation"] = localise(evaluation, split, offsets) if _has_maps(evaluation.network) else None
@@ -223,26 +225,18 @@ def _write(
         part.mkdir(parents=True, exist_ok=True)
     for name, rows in predictions.items():
         write_predictions(folder.predictions / f"{name}.csv", rows, pipeline.labels, evaluation.network.scales)
-    for name, figure in _figures(evaluation, split, predictions[split], results, offsets):
-        save(figure, folder.figures / f"{split}_{name}.png")
-    text = json.dumps(results, indent=2, allow_nan=False)
-    write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
-    log.info("metrics, predictions and figures are in %s", folder.root)
-
-
-def _figures(
-    evaluation: Evaluation, split: str, predictions: list[Prediction], results: dict[str, Any], offsets: CellOffsets
-) -> Iterator[tuple[str, Any]]:
-    pipeline, network = evaluation.pipeline, evaluation.network
     settings = pipeline.config.evaluate
-    yield from classification_figures(
-        predictions,
+    figures = classification_figures(
+        predictions[split],
         results,
         replicates=settings.bootstrap_replicates,
         confidence=settings.confidence,
         seed=pipeline.config.seed,
-    ).items()
-    if results["localisation"] is not None:
-        rows_N = rows_with_boxes(pipeline, split)
-        instance = network.judges_instances
-        yield from map_figures(pipeline, network, rows_N, predictions, instance=instance, offsets=offsets)
+    )
+    for name, figure in figures.items():
+        save(figure, folder.figures / f"{split}_{name}.png")
+    showing = Showing(pipeline, evaluation.network, offsets, split, predictions[split])
+    write_pictures(showing, results, per_kind=settings.gallery, gallery=folder.gallery, figures=folder.figures)
+    text = json.dumps(results, indent=2, allow_nan=False)
+    write_atomically(folder.metrics / f"{split}.json", text.encode("utf-8"))
+    log.info("metrics, predictions, figures and gallery are in %s", folder.root)

@@ -1,80 +1,122 @@
-"""Heat-maps of some images, as figures: what the network saw, beside the true boxes. H W pixels."""
+"""Pictures of the most telling images of a split: what the network saw, beside the true boxes. H W pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from torch import nn
+from torch import Tensor
 
 from msmil.detection.breast import breast_masks
-from msmil.detection.heatmap import maps
+from msmil.detection.heatmap import MERGED, maps
+from msmil.detection.localisation import box_mask, peaks
 from msmil.engine.pipeline import Pipeline
 from msmil.engine.predict import forward_batches
 from msmil.models.centres import CellOffsets
-from msmil.reporting.figures import MapRow, maps_figure
+from msmil.models.mil import MILModel
+from msmil.reporting.figures import MapRow, maps_figure, reduced, save
+from msmil.reporting.gallery import IMAGE_PX, KINDS, Case, Choice, choose, writing_gallery
 from msmil.types import Prediction
 
-IMAGES: Final = 6
+_IN_FIGURE: Final = 2  # images of each kind in a label's figure
 
 
-def map_figures(
-    pipeline: Pipeline,
-    network: nn.Module,
-    rows_N: np.ndarray,
-    predictions: Sequence[Prediction],
-    *,
-    instance: bool,
-    offsets: CellOffsets,
-) -> Iterator[tuple[str, Any]]:
-    """One figure per label, (`<label>_maps`, figure): images with a box of it, from most to least probable.
+@dataclass(frozen=True)
+class Showing:
+    """What pictures are made from: a network on its data, and what it predicted for a split."""
+
+    pipeline: Pipeline
+    network: MILModel
+    offsets: CellOffsets
+    split: str
+    predictions: Sequence[Prediction]
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether the network says where it looks."""
+        return self.network.has_attention or self.network.judges_instances
+
+
+def write_pictures(
+    showing: Showing, results: Mapping[str, Any], *, per_kind: int, gallery: Path, figures: Path
+) -> None:
+    """Write the gallery of a split, and of each label the figure <split>_<label>_maps.png with the first of them.
 
     Args:
-        rows_N: rows of the manifest with boxes.
-        predictions: of their split.
-        instance: the network judges instances, and so has maps of their logits.
-        offsets: of the cells' true centres, in pixels by stride (`cell_centres`).
+        showing: what to show.
+        results: of the same split (`classification_results`), with its checkpoint and data_fingerprint.
+        per_kind: hits, misses and false alarms per label; 0 writes nothing.
+        gallery, figures: folders of the run.
+
+    Raises UserError where something cannot be written.
     """
-    probability = {p.image_id: p.probability for p in predictions}
-    for k, label in enumerate(pipeline.labels):
-        chosen = _spread(pipeline, rows_N, label, {key: value[label] for key, value in probability.items()})
-        rows = list(_map_rows(pipeline, network, chosen, k, instance=instance, offsets=offsets))
-        if rows:
-            yield f"{label}_maps", maps_figure(rows, label)
+    if per_kind == 0:
+        return
+    about = {key: results[key] for key in ("split", "checkpoint", "data_fingerprint")}
+    with writing_gallery(gallery / showing.split, about) as writer:
+        for k, label in enumerate(showing.pipeline.labels):
+            threshold = results["labels"][label]["threshold"]
+            choices, counts = choose(showing.predictions, label, threshold, per_kind)
+            writer.label(label, threshold=threshold, counts=counts)
+            cases = list(_cases(showing, k, choices))
+            for case in cases:
+                writer.add(case)
+            if cases and showing.has_maps:
+                figure = maps_figure([case.row for case in _first(cases)], label)
+                save(figure, figures / f"{showing.split}_{label}_maps.png")
 
 
-def _map_rows(
-    pipeline: Pipeline,
-    network: nn.Module,
-    rows_M: np.ndarray,
-    k: int,
-    *,
-    instance: bool,
-    offsets: CellOffsets,
-) -> Iterator[MapRow]:
-    """The pictures of label k, image by image."""
+def _first(cases: Sequence[Case]) -> list[Case]:
+    return [case for kind in KINDS for case in [c for c in cases if c.choice.kind == kind][:_IN_FIGURE]]
+
+
+def _cases(showing: Showing, k: int, choices: Sequence[Choice]) -> Iterator[Case]:
+    """The pictures of label k, in the order of its choices."""
+    pipeline, network = showing.pipeline, showing.network
     label = pipeline.labels[k]
+    rows_M = pipeline.manifest.rows(showing.split)[[choice.number - 1 for choice in choices]]
+    remaining = iter(choices)
     for batch, bag, output in forward_batches(
-        pipeline, network, rows_M, instance_logits=instance, what=f"maps of {label}"
+        pipeline, network, rows_M, instance_logits=network.judges_instances, what=f"pictures of {label}"
     ):
         assert batch.image_B1HW is not None
         breast_BHW = breast_masks(batch.image_B1HW)
-        found = maps(output, bag, breast_BHW.to(output.logit_BK.device), offsets).named()
+        found: dict[str, Tensor] = {}
+        if showing.has_maps:
+            named = maps(output, bag, breast_BHW.to(output.logit_BK.device), showing.offsets).named()
+            found = {name: map_BKHW[:, k].cpu() for name, map_BKHW in named.items()}
         for b, row in enumerate(batch.sample_B):
-            yield MapRow(
+            choice = next(remaining)
+            record = pipeline.manifest.record(int(row))
+            assert record.image_id == choice.prediction.image_id, "pictures of another image"
+            breast_HW = breast_BHW[b]
+            own = [box for box in record.boxes if box.label == label]
+            shown = MapRow(
+                title=f"{choice.kind.replace('_', ' ')}, p = {choice.prediction.probability[label]:.2f}",
                 image_HW=batch.image_B1HW[b, 0].numpy(),
-                breast_HW=breast_BHW[b].numpy(),
-                maps={name: map_BKHW[b, k].cpu().numpy() for name, map_BKHW in found.items()},
-                boxes=[box for box in pipeline.manifest.record(int(row)).boxes if box.label == label],
-                title=f"p = {float(output.logit_BK[b, k].sigmoid()):.2f}",
+                breast_HW=breast_HW.numpy(),
+                maps={name: map_BHW[b].numpy() for name, map_BHW in found.items()},
+                boxes=record.boxes,
+            )
+            yield Case(
+                label=label,
+                choice=choice,
+                row=reduced(shown, IMAGE_PX),
+                ranges={name: _range(name, map_BHW[b][breast_HW]) for name, map_BHW in found.items()},
+                peak_in_box=_peak_in(own, found[MERGED][b], breast_HW) if own and found else None,
+                view=f"{record.laterality} {record.view}",
             )
 
 
-def _spread(pipeline: Pipeline, rows_N: np.ndarray, label: str, probability: dict[str, float]) -> np.ndarray:
-    """At most IMAGES rows with a box of the label, evenly spread from the most to the least probable."""
-    mine = [int(r) for r in rows_N if any(box.label == label for box in pipeline.manifest.record(int(r)).boxes)]
-    names = dict(zip(mine, pipeline.manifest.text("image_id", np.array(mine, np.int64)), strict=True))
-    mine.sort(key=lambda row: (-probability[names[row]], row))
-    places = np.linspace(0, len(mine) - 1, num=min(IMAGES, len(mine))).round().astype(int)
-    return np.array([mine[place] for place in places], np.int64)
+def _range(name: str, inside: Tensor) -> tuple[float, float]:
+    """Lowest and highest value of a map in the breast; those of logits as probabilities."""
+    if name.startswith("instance_"):
+        inside = inside.sigmoid()
+    return float(inside.min()), float(inside.max())
+
+
+def _peak_in(boxes: Sequence[Any], map_HW: Tensor, breast_HW: Tensor) -> bool:
+    peak = int(peaks(map_HW[None, None], breast_HW[None])[0, 0])
+    return bool(box_mask(boxes, (breast_HW.shape[0], breast_HW.shape[1])).ravel()[peak])

@@ -16,6 +16,7 @@ from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint
 from msmil.engine.checkpoint_state import newest
+from msmil.engine.data_summary import describe_data
 from msmil.engine.losses import BagLoss, auto_pos_weight
 from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
@@ -58,6 +59,7 @@ def open_run(config: Config, runtime: Runtime) -> Run:
 
     def make_folder() -> None:
         folder.open(config, world=runtime.world, device=runtime.device_name)
+        folder.describe(describe_data(pipeline.manifest, pipeline.labels))
 
     runtime.on_main(make_folder)
     open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from msmil.config import Config
 from msmil.config_io import config_to_dict, dump_config, flatten, load_config
 from msmil.engine.checkpoint_state import newest
+from msmil.evaluation.predictions import write_atomically
 from shards.errors import UserError
 from shards.files import atomic_file
 from shards.types import Split
@@ -48,6 +50,8 @@ class RunFolder:
         self.metrics = self.root / "metrics"
         self.figures = self.root / "figures"
         self._lock_file = self.root / ".lock"
+        self.gallery = self.root / "gallery"
+        self.data = self.root / "data.json"
         self._locked: int | None = None
 
     def check(self, config: Config) -> None:
@@ -88,6 +92,13 @@ class RunFolder:
         except OSError as error:
             fix = "free space or choose another output_dir"
             raise UserError(f"the run folder cannot be written ({error})", file=self.root, fix=fix) from None
+
+    def describe(self, data: Mapping[str, Any]) -> None:
+        """Write data.json: what the run is trained on (`describe_data`).
+
+        Raises UserError where it cannot be written.
+        """
+        write_atomically(self.data, json.dumps(data, indent=2).encode("utf-8"))
 
     def _lock(self) -> None:
         """Two trainings of one name would delete each other's checkpoints. The kernel unlocks when we end."""

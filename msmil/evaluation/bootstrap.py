@@ -60,7 +60,7 @@ class PatientBootstrap:
     """
 
     def __init__(self, patient: Sequence[str], *, replicates: int, seed: int) -> None:
-        names, self._patient_N = np.unique(np.asarray(patient, dtype=np.str_), return_inverse=True)
+        names, self.patient_N = np.unique(np.asarray(patient, dtype=np.str_), return_inverse=True)
         self.num_patients = len(names)
         # The resample of a single patient is always the same: an interval of width 0 would be a lie.
         self.replicates = replicates if self.num_patients > 1 else 0
@@ -73,7 +73,7 @@ class PatientBootstrap:
 
     def metrics(self, ranking: Ranking, threshold: float | None) -> dict[str, Array]:
         """Every metric of METRICS for every replicate, float64 [R], NaN where undefined."""
-        chunks = [weighted_metrics(ranking, weight_RM, threshold) for weight_RM in self._weights(ranking)]
+        chunks = [weighted_metrics(ranking, weight_RM, threshold) for weight_RM in self.weights(ranking)]
         return {name: np.concatenate([np.zeros(0), *(chunk[name] for chunk in chunks)]) for name in METRICS}
 
     def roc(self, ranking: Ranking, confidence: float) -> Curve | None:
@@ -92,7 +92,7 @@ class PatientBootstrap:
         x_T, y_T, _ = points(tp_1U[0], fp_1U[0])
         rows = [
             points(tp_U, fp_U)[2]
-            for weight_RM in self._weights(ranking)
+            for weight_RM in self.weights(ranking)
             for tp_U, fp_U in zip(*cumulative(ranking, weight_RM), strict=True)
             if tp_U[-1] > 0 and fp_U[-1] > 0
         ]
@@ -103,9 +103,9 @@ class PatientBootstrap:
             low_G, high_G = np.quantile(np.stack(rows), _tails(confidence), axis=0)
         return Curve(x_T, y_T, grid_G, low_G, high_G, positives / len(ranking.positive_M), confidence)
 
-    def _weights(self, ranking: Ranking) -> Iterator[Array]:
+    def weights(self, ranking: Ranking) -> Iterator[Array]:
         """Weights of the ranked images, float64 [some replicates, M], a chunk of replicates at a time."""
-        patient_M = self._patient_N[ranking.order_M]
+        patient_M = self.patient_N[ranking.order_M]
         size = max(1, _CHUNK_NUMBERS // max(1, len(patient_M)))
         for start in range(0, self.replicates, size):
             yield self._weight_RP[start : start + size, patient_M].astype(np.float64)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msmil.evaluation.bootstrap import PatientBootstrap, interval
+from msmil.evaluation.calibration import calibration
 from msmil.evaluation.classification import METRICS, Scores, choose_threshold, rank, scores
 from msmil.evaluation.legacy import LEGACY_THRESHOLD, legacy_scores
 from msmil.evaluation.predictions import check_predictions
@@ -45,8 +46,9 @@ def classification_results(
 
     Returns a dict that JSON can hold (no NaN): "labels" {label: {each of METRICS, each with `_ci` [low, high],
     "threshold", "positives", "images", "patients" (of images with a known label), "undefined" {metric: reason},
-    "undefined_replicates" {metric: count}, "scales" {stride: the same metrics}}}, "mean_auroc" over the labels that
-    have an AUROC, "mean_auroc_ci", and how it was made. A metric that is undefined is None, with its reason.
+    "undefined_replicates" {metric: count}, "calibration" (`Calibration.numbers`), "scales" {stride: the same
+    metrics}}}, "mean_auroc" over the labels that have an AUROC, "mean_auroc_ci", and how it was made. A metric that is
+    undefined is None, with its reason.
     "legacy" {label: {each of LEGACY_METRICS, "scales" {stride: the same}}} counts as the published code does.
 
     Raises UserError, naming the image, for what `check_predictions` refuses.
@@ -63,6 +65,8 @@ def classification_results(
         merged["positives"] = sum(p.target[label] for p in known)
         merged["images"] = len(known)
         merged["patients"] = len({p.patient_id for p in known})
+        found = calibration(*columns(test, label, None), bootstrap, confidence)
+        merged["calibration"] = None if found is None else found.numbers()
         branches = scales if test[0].scale_probability and validation[0].scale_probability else ()
         merged["scales"] = {
             str(scale): _branch(test, validation, label, scale, bootstrap, confidence)[0] for scale in branches
@@ -168,9 +172,9 @@ def _row(name: str, branch: Mapping[str, Any]) -> list[str]:
     return [name, *ranked, *fixed]
 
 
-def number(value: float | None) -> str:
-    """Three digits, or a dash for what is undefined."""
-    return "-" if value is None else f"{value:.3f}"
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with this many digits, or a dash for what is undefined."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _with_interval(value: float | None, bounds: Sequence[float] | None) -> str:

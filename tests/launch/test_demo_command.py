@@ -24,6 +24,8 @@ def test_phantoms_to_results(
     assert cli.main(command) == 0
     printed = capfd.readouterr().out
     assert "tensorboard --logdir" in printed
+    assert f"Report: {tmp_path / 'demo' / 'report.html'}" in printed
+    assert "<h1>msmil report: demo</h1>" in (tmp_path / "demo" / "report.html").read_text()
     assert "Mean AUROC over labels" in printed
     results = json.loads((tmp_path / "demo" / "metrics" / "test.json").read_text())
     assert set(results["labels"]) == {"Mass", "Suspicious_Calcification"}

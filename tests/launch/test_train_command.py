@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -13,13 +14,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.cli import main
 from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest, pointed
+from msmil.reporting.gallery import read_gallery
 from shards.manifest import read_manifest
 from tests.archives import make_grouped_archive
 from tests.experiments import write_tiny
+from tests.run_folders import Page
 from tests.worlds import ROOT, alive, children_running, environment, msmil, run, wait_for
 
 pytestmark = pytest.mark.slow
@@ -83,8 +88,51 @@ def test_evaluation_counts_every_image_once(evaluated: Path, packed: Path) -> No
     names = {"merged", "attention_8", "attention_16", "instance_8", "instance_16"}
     assert set(results["localisation"]["Mass"]) == names
     figures = {path.name for path in (evaluated / "figures").iterdir()}
-    kinds = ("roc", "precision_recall", "confusion", "maps")
+    kinds = ("roc", "precision_recall", "confusion", "reliability", "maps")
     assert {f"test_Mass_{kind}.png" for kind in kinds} <= figures
+
+
+def test_a_run_tells_its_data_without_the_shards(evaluated: Path, packed: Path) -> None:
+    manifest = read_manifest(packed)
+    data = json.loads((evaluated / "data.json").read_text())
+    assert data == json.loads((evaluated / "metrics" / "test.json").read_text())["data"]
+    assert data["fingerprint"] == manifest.fingerprint
+    packed_counts = manifest.header.counts
+    assert {key: data["counts"][key] for key in ("images", "exams", "patients")} == {
+        key: packed_counts[key] for key in ("images", "exams", "patients")
+    }
+    assert data["counts"]["boxes"]["Mass"] == packed_counts["boxes"]["Mass"]
+
+
+def test_the_gallery_shows_what_the_predictions_say(evaluated: Path, packed: Path) -> None:
+    gallery = read_gallery(evaluated / "gallery" / "test")
+    assert gallery is not None
+    with (evaluated / "predictions" / "test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    threshold = gallery.index["labels"]["Mass"]["threshold"]
+    manifest = read_manifest(packed)
+    records = {record.image_id: record for record in (manifest.record(int(r)) for r in manifest.rows("test"))}
+    cases = [case for case in gallery.index["cases"] if case["label"] == "Mass"]
+    assert cases
+    for case in cases:
+        row, record = rows[case["number"] - 1], records[case["image_id"]]
+        assert row["image_id"] == case["image_id"]
+        assert float(row["probability_Mass"]) == case["probability"]
+        truth, called = row["target_Mass"] == "1", case["probability"] >= threshold
+        assert case["kind"] == ("hit" if called else "miss") if truth else "false_alarm"
+        assert case["boxes"] == sum(box.label == "Mass" for box in record.boxes)
+        assert (case["peak_in_box"] is None) == (case["boxes"] == 0)
+        with Image.open(io.BytesIO(gallery.picture(case["pictures"][0]["file"]) or b"")) as picture:
+            assert picture.size == (48, 64)
+
+
+def test_an_evaluated_run_is_reported(evaluated: Path, tmp_path: Path) -> None:
+    assert main(["report", str(evaluated), "--output", str(tmp_path / "report.html")]) == 0
+    page = Page((tmp_path / "report.html").read_text())
+    results = json.loads((evaluated / "metrics" / "test.json").read_text())
+    assert f"{results['labels']['Mass']['auroc']:.3f}" in page.text
+    assert "missing" not in page.of("p", "class"), "nothing is missing"
+    assert any("attention, scale 8" in alternative for alternative in page.of("img", "alt"))
 
 
 def test_one_rank_and_two_evaluate_alike(trained: Path, evaluated: Path, tmp_path: Path) -> None:

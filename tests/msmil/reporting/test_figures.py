@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -16,16 +17,23 @@ from PIL import Image
 from msmil.evaluation.results import classification_results
 from msmil.reporting.figures import (
     MapRow,
+    Series,
     classification_figures,
     confusion,
+    intervals,
+    lines,
     maps_figure,
+    png,
     precision_recall,
     roc,
     save,
+    scale_weights,
 )
+from msmil.reporting.figures.series import running_mean
 from msmil.types import Prediction
 from shards.errors import UserError
 from shards.types import Box
+from tests import run_folders
 
 OPTIONS = {"replicates": 30, "confidence": 0.9, "seed": 0}
 LONG = "Architectural_Distortion_or_Asymmetry_of_the_Whole_Breast"
@@ -66,7 +74,7 @@ def clipped(figure):
 
 
 @pytest.mark.parametrize("label", ["Mass", LONG])
-@pytest.mark.parametrize("kind", ["roc", "precision_recall", "confusion"])
+@pytest.mark.parametrize("kind", ["roc", "precision_recall", "confusion", "reliability"])
 def test_no_text_is_clipped(label, kind):
     assert clipped(figures(label)[1][f"{label}_{kind}"]) == []
 
@@ -113,7 +121,60 @@ def test_a_single_patient_has_curves_without_a_band():
     results = classification_results(test, predictions(seed=1), ["Mass"], [], **OPTIONS)
     for figure in classification_figures(test, results, **OPTIONS).values():
         assert clipped(figure) == []
-        assert not any("interval" in text for text in texts(figure))
+        assert not any("patients resampled" in text for text in texts(figure))
+
+
+def test_the_reliability_diagram_states_its_numbers_and_counts():
+    found, drawn = figures()
+    shown = texts(drawn["Mass_reliability"])
+    low, high = found["calibration"]["brier_ci"]
+    error, brier = f"{found['calibration']['ece']:.3f}", f"{found['calibration']['brier']:.3f}"
+    assert f"expected calibration error {error}, Brier score {brier} [{low:.3f}, {high:.3f}]" in shown
+    counts = [int(text) for text in shown if text.isdigit()]
+    assert len(counts) == 10
+    assert sum(counts) == found["images"]
+
+
+def test_the_weights_of_scales_are_drawn_by_truth():
+    rows = run_folders.predictions("test")
+    figure = scale_weights(rows, "Mass")
+    assert clipped(figure) == []
+    positives = sum(p.target["Mass"] for p in rows)
+    assert {f"positive images (n = {positives})", f"negative images (n = {len(rows) - positives})"} <= set(
+        texts(figure)
+    )
+    assert {"8", "16"} <= set(texts(figure))
+    assert scale_weights(predictions(), "Mass") is None, "a model that gives no weights"
+
+
+def test_lines_of_many_sizes_are_drawn_whole():
+    names = ["total", "x" * 90, "one point", "gaps", "nothing", "f", "g", "h"]
+    points = [np.geomspace(1e-6, 10, 500), np.ones(40), np.ones(1), np.array([1, np.nan, np.inf, 2]), np.zeros(0)]
+    series = [Series(n, np.arange(len(p)), p) for n, p in zip(names, [*points, *points[:3]], strict=True)]
+    figure = lines("Training loss", series, y_label="loss", smooth=True, mark=(3.0, "evaluated: step 3"))
+    assert clipped(figure) == []
+    assert figure.axes[0].get_yscale() == "log"
+    assert "step, with running means" in texts(figure)
+    assert {"total", "evaluated: step 3"} <= set(texts(figure))
+
+
+def test_a_running_mean_is_that_of_the_points_before():
+    values = np.array([1.0, np.nan, 3.0, 5.0, 7.0, np.nan, np.nan, np.nan])
+    wanted = [1, 1, 2, 4, 5, 6, 7, np.nan]
+    np.testing.assert_allclose(running_mean(values, 3), wanted)
+
+
+def test_intervals_of_many_runs_are_drawn_whole():
+    rows = [(f"a/very/long/name/of/a/run_{i}", 0.5 + i / 100, None if i % 3 else (0.4, 0.9)) for i in range(40)]
+    figure = intervals("Mass: AUROC", rows, x_label="AUROC, 95% interval")
+    assert clipped(figure) == []
+    assert "...ong/name/of/a/run_7" in texts(figure)
+
+
+def test_a_small_png_is_white_where_paper_is():
+    with Image.open(io.BytesIO(png(confusion(np.eye(2, dtype=int), "Mass", 0.5)))) as picture:
+        assert picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+        assert picture.mode == "P"
 
 
 @pytest.mark.parametrize("draw", [roc, precision_recall])
