@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 
 import msmil
-from launch import convert, demo, evaluate, extract, pack, phantom, repeat, train, verify
+from launch import convert, demo, evaluate, extract, pack, phantom, repeat, train, verify, watch
 from shards.errors import UserError
 
 EXIT_OK = 0
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
-_COMMANDS = (demo, phantom, pack, verify, convert, extract, train, evaluate, repeat)
+_COMMANDS = (demo, phantom, pack, verify, convert, extract, train, evaluate, repeat, watch)
 
 
 def build_parser() -> argparse.ArgumentParser:
