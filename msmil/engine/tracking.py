@@ -121,7 +121,7 @@ class Tracker:
         """Anything that TensorBoard shows, at a step."""
         try:
             for one in summaries:
-                self._writer.file_writer.add_summary(one, step)
+                self._writer._get_file_writer().add_summary(one, step)
         except OSError as error:
             fix = "free space or choose another output_dir, then start the same command again: it resumes"
             raise UserError(f"curves cannot be written ({error})", file=self._folder, fix=fix) from None

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from msmil.engine.runtime import Runtime
 from msmil.engine.step import Blocks, Stepper, StepReport
 from msmil.engine.tracking import PhaseTimer, log, memory_bytes
 from msmil.evaluation.classification import Threshold, rank, scores
+from msmil.models.mil import MILModel
 from msmil.types import Prediction, TrainState
 from shards.stream import train_stream
 from shards.types import Batch
@@ -175,7 +176,7 @@ def validate(run: Run) -> None:
     The metric is the mean of the labels' AUROC; a label without positives or negatives has none and is left out.
     """
     rows = run.pipeline.manifest.rows("val")
-    module = run.network if run.ema is None else run.ema.module
+    module = run.network if run.ema is None else cast(MILModel, run.ema.module)
     predictions, losses = predict_with_losses(run.pipeline, module, run.network.scales, rows, run.loss)
     values = validation_scalars(predictions, run.pipeline.labels, run.network.scales)
     values |= {f"val/loss/{name}": value for name, value in losses.items() if math.isfinite(value)}
