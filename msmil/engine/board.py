@@ -1,6 +1,6 @@
 """What TensorBoard shows beside the scalars of a step: options, charts, curves, histograms, images. Rank 0 only.
 
-N validation images, M fixed ones.
+N validation images, M fixed ones, T thresholds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.plugins.pr_curve import metadata as pr_curves
+from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import summary
 
 from msmil.config import Config
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from msmil.engine.run import Run
 
 MOST_RANKS: Final = 16  # of more, only the slowest is named
+_THRESHOLDS: Final = 501  # of a precision-recall curve; TensorBoard takes them as evenly spread over 0..1
 _BINS: Final = np.linspace(0, 1, 31)
 
 
@@ -84,7 +87,6 @@ def comparable_options(config: Config, fingerprint: str) -> dict[str, bool | flo
 def layout(run: Run) -> dict[str, dict[str, list[Any]]]:
     """Charts of the dashboard Custom Scalars by group: what belongs together, on one chart."""
     config, labels, scales = run.pipeline.config, run.pipeline.labels, run.network.scales
-    losses = loss_names(config)
     metrics = {
         f"{words} of {label}, all scales": _tags(f"val/{metric}/{label}", *_scale_tags(metric, label, scales))
         for metric, words in (("auroc", "AUROC"), ("average_precision", "average precision"))
@@ -97,7 +99,9 @@ def layout(run: Run) -> dict[str, dict[str, list[Any]]]:
     if run.pipeline.runtime.world > 1:
         speed["seconds of each rank, until it waits for the others"] = ["Multiline", [r"ranks/seconds/.*$"]]
     return {
-        "loss: training and validation": {name: _tags(f"train/loss/{name}", f"val/loss/{name}") for name in losses},
+        "loss: training and validation": {
+            name.replace("/", " "): _tags(f"train/loss/{name}", f"val/loss/{name}") for name in loss_names(config)
+        },
         "validation: classification": {
             "AUROC": _tags("val/auroc/mean", *(f"val/auroc/{label}" for label in labels)),
             "average precision": _tags(*(f"val/average_precision/{label}" for label in labels)),
@@ -157,12 +161,20 @@ def curves(predictions: Sequence[Prediction], labels: Sequence[str], scales: Seq
         target_N, probability_N = columns(predictions, label, None)
         if {0, 1} <= set(target_N.tolist()):
             known_N = target_N >= 0
-            yield summary.pr_curve(f"val/precision_recall/{label}", target_N[known_N], probability_N[known_N])
+            yield _precision_recall(f"precision_recall/{label}", target_N[known_N], probability_N[known_N])
         for truth, word in ((1, "present"), (0, "absent")):
             yield from _histogram(f"probability/{label}_{word}", probability_N[target_N == truth])
         for scale in scales:
             weights = [p.scale_weight[scale, label] for p in predictions if p.scale_weight]
             yield from _histogram(f"scale_weight/{label}_{scale}", np.array(weights))
+
+
+def _precision_recall(tag: str, target_N: np.ndarray, probability_N: np.ndarray) -> Summary:
+    # torch's own writes at most 127 thresholds, which are few where an early network gives all images about the same
+    curve_6T = summary.compute_curve(target_N, probability_N, num_thresholds=_THRESHOLDS)
+    meta = pr_curves.create_summary_metadata(display_name=tag, description="", num_thresholds=_THRESHOLDS)
+    tensor = make_tensor_proto(curve_6T.astype(np.float32))
+    return Summary(value=[Summary.Value(tag=tag, metadata=meta, tensor=tensor)])
 
 
 def _histogram(tag: str, value_N: np.ndarray) -> Iterator[Summary]:

@@ -22,12 +22,12 @@ _DPI: Final = 100
 _JPEG_QUALITY: Final = 85
 _LONGEST_PX: Final = 420  # an image is reduced to less than twice this before it is drawn
 _AREA_IN2: Final = 5.5  # of a panel: a tall image and a wide one get as much of the strip
-_LEAST_IN, _MOST_IN = 1.2, 4.0  # sides of a panel
+_LEAST_IN, _MOST_IN = 1.5, 4.0  # sides of a panel
 _WIDE: Final = 1.5  # panels of images that are wider than so many times their height stand one below the other
 _GAP_IN: Final = 0.06
-_LINE_IN: Final = 0.13
-_FONT_PT: Final = 8
-_CHARACTERS_PER_IN: Final = 14  # of that font, so that a caption stays over its panel
+_LINE_IN: Final = 0.18
+_FONT_PT: Final = 11  # legible where a card shows the strip at half its size
+_CHARACTERS_PER_IN: Final = 11  # of that font, so that a caption stays over its panel
 
 
 def map_strip(row: MapRow, captions: Sequence[str]) -> Any:

@@ -97,7 +97,7 @@ def test_a_resumed_run_shows_every_step_once(resumed: Path, events: Events) -> N
     validated = events.steps("val/auroc/mean")
     assert len(validated) == 2
     assert events.steps("train/loss/total") == list(range(1, validated[-1] + 1))
-    assert events.tags("pr_curves") == [f"val/precision_recall/{label}" for label in LABELS]
+    assert events.tags("pr_curves") == [f"precision_recall/{label}" for label in LABELS]
     for plugin in PLUGINS:
         for tag in events.tags(plugin):
             if not tag.startswith(("train/", "best/")):
@@ -136,8 +136,9 @@ def test_every_chart_finds_its_scalars_and_training_meets_validation(events: Eve
                 assert any(re.match(pattern, tag) for tag in scalars), f"{chart.title}: nothing matches {pattern}"
     losses = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
     for split in ("train", "val"):
-        assert set(losses) == {tag.removeprefix(f"{split}/loss/") for tag in scalars if f"{split}/loss/" in tag}
-    assert losses["label/Mass"] == ["train/loss/label/Mass$", "val/loss/label/Mass$"]
+        names = [tag.removeprefix(f"{split}/loss/") for tag in scalars if f"{split}/loss/" in tag]
+        assert set(losses) == {name.replace("/", " ") for name in names}
+    assert losses["label Mass"] == ["train/loss/label/Mass$", "val/loss/label/Mass$"]
 
 
 def test_the_options_are_there_with_the_best_metrics(events: Events) -> None:
@@ -209,7 +210,7 @@ def predictions(target: list[int], **more: Any) -> list[Prediction]:
         ([1, 1], {"probability/Mass_present"}),
         ([-1, -1], set()),
         ([], set()),
-        ([0, 1, -1], {"probability/Mass_absent", "probability/Mass_present", "val/precision_recall/Mass"}),
+        ([0, 1, -1], {"probability/Mass_absent", "probability/Mass_present", "precision_recall/Mass"}),
     ],
 )
 def test_what_is_undefined_is_absent(target: list[int], shown: set[str]) -> None:
