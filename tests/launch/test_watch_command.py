@@ -133,20 +133,22 @@ def show(page: Chrome, url: str, dashboard: str, script: str, *, deadline_s: flo
 @pytest.mark.slow
 def test_a_person_sees_everything_in_a_browser(tmp_path: Path, packed: Path) -> None:
     run = resumed_run(tmp_path, packed, tracking={"images": 2})
-    old = tmp_path / "runs" / "old" / "tensorboard"
-    old.mkdir(parents=True)  # of a version, or at a time, that wrote nothing that can be read
-    (old / "events.out.tfevents.1.host.1.0").write_bytes(b"cut off")
+    cut = tmp_path / "runs" / "cut" / "tensorboard"
+    cut.mkdir(parents=True)  # a run that was cut off in the middle of its first validation
+    first = min((run / "tensorboard").iterdir())
+    (cut / first.name).write_bytes(first.read_bytes()[:40_000])
     with watching(tmp_path, run.parent) as url, browser() as page:
         show(page, url, "timeseries", "deep('scalar-card line-chart', document).length > 2")
         show(page, url, "images", "deep('img', document).filter(i => i.naturalWidth > 300).length == 2")
-        curve = "deep('tf-pr-curve-card', document).flatMap(card => deep('path', card.shadowRoot))"
-        show(page, url, "pr_curves", f"{curve}.some(path => (path.getAttribute('d') || '').length > 100)")
+        curves = "deep('tf-pr-curve-card', document).flatMap(card => deep('path.line', card.shadowRoot))"
+        show(page, url, "pr_curves", f"{curves}.filter(path => path.getAttribute('d').length > 100).length >= 2")
+        best = fetch(f"{url}/data/plugin/scalars/scalars?run=tiny&tag=best/auroc")[-1][2]
         rows = "deep('vaadin-grid-cell-content', document).map(cell => cell.textContent.trim())"
-        show(page, url, "hparams", f"{rows}.includes('tiny') && {rows}.includes('best/auroc')")
+        show(page, url, "hparams", f"['tiny', 'best/auroc', '{best:.5f}'].every(text => {rows}.includes(text))")
         show(page, url, "custom_scalars", "deep('tf-custom-scalar-multi-line-chart-card', document).length > 5")
         assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
-        assert fetch(f"{url}/data/runs") == ["old", "tiny"]
+        assert sorted(fetch(f"{url}/data/runs")) == ["cut", "tiny"]
         tags = fetch(f"{url}/data/plugin/images/tags")["tiny"]
         assert len(tags) == 2
         validated = [step for _, step, _ in fetch(f"{url}/data/plugin/scalars/scalars?run=tiny&tag=val/auroc/mean")]
