@@ -61,9 +61,8 @@ def strips(pipeline: Pipeline, network: MILModel, rows_M: np.ndarray) -> Iterato
     """
     offsets = cell_centres(network, pipeline.tile_hw)
     labels, number = pipeline.labels, 0
-    for batch, bag, output in forward_batches(
-        pipeline, network, rows_M, instance_logits=network.judges_instances, what="drawing maps"
-    ):
+    instance = network.judges_instances
+    for batch, bag, output in forward_batches(pipeline, network, rows_M, instance_logits=instance, what=None):
         assert batch.image_B1HW is not None
         breast_BHW = breast_masks(batch.image_B1HW)
         merged_BKHW = maps(output, bag, breast_BHW.to(output.logit_BK.device), offsets).merged_BKHW

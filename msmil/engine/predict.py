@@ -73,11 +73,12 @@ def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 def forward_batches(
-    pipeline: Pipeline, module: nn.Module, rows_M: np.ndarray, *, instance_logits: bool, what: str
+    pipeline: Pipeline, module: nn.Module, rows_M: np.ndarray, *, instance_logits: bool, what: str | None
 ) -> Iterator[tuple[Batch, Bag, BagOutput]]:
     """Run the module in eval mode over these rows; the batch stays on the host, bag and output are on the device.
 
-    The batch holds images whether or not the module is called on stored features.
+    The batch holds images whether or not the module is called on stored features. `what` names the progress that is
+    shown; None shows none.
     """
     asks = {"instance_logits": instance_logits}
     for batch, bag, output in _forward(pipeline, module, rows_M, images=True, asks=asks, what=what):
@@ -86,7 +87,13 @@ def forward_batches(
 
 
 def _forward(
-    pipeline: Pipeline, module: nn.Module, rows_M: np.ndarray, *, images: bool, asks: Mapping[str, Any], what: str
+    pipeline: Pipeline,
+    module: nn.Module,
+    rows_M: np.ndarray,
+    *,
+    images: bool,
+    asks: Mapping[str, Any],
+    what: str | None,
 ) -> Iterator[tuple[Batch, Bag | None, BagOutput]]:
     config, runtime = pipeline.config, pipeline.runtime
     stream = evaluation_stream(
@@ -103,7 +110,7 @@ def _forward(
     with (
         eval_mode(module),
         torch.inference_mode(),
-        progress(len(rows_M), what, "images", quiet=not runtime.is_main) as bar,
+        progress(len(rows_M), what or "", "images", quiet=what is None or not runtime.is_main) as bar,
     ):
         for batch in stream:
             bag = pipeline.bag(batch, epoch=None)

@@ -23,7 +23,7 @@ def test_phantoms_to_results(
     command = ["demo", "--data", str(tmp_path / "data"), "--ranks", "2", *overrides]
     assert cli.main(command) == 0
     printed = capfd.readouterr().out
-    assert "tensorboard --logdir" in printed
+    assert f"msmil watch {tmp_path}" in printed
     assert "Mean AUROC over labels" in printed
     results = json.loads((tmp_path / "demo" / "metrics" / "test.json").read_text())
     assert set(results["labels"]) == {"Mass", "Suspicious_Calcification"}
