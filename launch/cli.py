@@ -24,6 +24,7 @@ from launch import (
     runs,
     train,
     verify,
+    watch,
 )
 from launch.commands import Commands, HelpFormatter
 from launch.terminal import print_error
@@ -44,6 +45,7 @@ COMMANDS: Final = (
     ("training", repeat),
     ("judging", evaluate),
     ("looking", runs),
+    ("looking", watch),
     ("looking", report),
     ("published weights", convert),
     ("this machine", doctor),

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     minutes = (time.monotonic() - start_s) / 60
     print(f"\nThe demo took {minutes:.1f} minutes. Metrics, predictions and figures are in {run_folder}.")
     print(f"Report: {Path(run_folder) / 'report.html'}")
-    print(f"Curves: tensorboard --logdir {config.output_dir}")
+    print(f"Curves: msmil watch {config.output_dir}")
     return 0
 
 

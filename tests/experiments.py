@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
     "optim": {"lr": 1e-3, "backbone_lr_factor": 1.0, "warmup_epochs": 0.5},
     "train": {"epochs": 2, "batch_size": 6, "precision": "fp32"},
     "evaluate": {"bootstrap_replicates": 50},
-    "tracking": {"every_steps": 1},
+    "tracking": {"every_steps": 1, "images": 0},
 }
 
 

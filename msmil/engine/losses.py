@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,13 @@ class LossParts:
     per_scale: dict[int, Tensor]
     auxiliary: dict[str, Tensor]
     per_label_K: Tensor
+
+    def named(self, labels: Sequence[str]) -> dict[str, Tensor]:
+        """Every part by its name in TensorBoard, detached float32 scalars; `labels` are those of the loss, in order."""
+        parts = {"total": self.total, "aggregated": self.aggregated}
+        parts |= {f"label/{label}": value for label, value in zip(labels, self.per_label_K, strict=True)}
+        parts |= {f"scale/{scale}": value for scale, value in self.per_scale.items()}
+        return {name: value.detach().float() for name, value in (parts | self.auxiliary).items()}
 
 
 class BagLoss(nn.Module):
@@ -66,6 +74,14 @@ class BagLoss(nn.Module):
         self.config = config
         self.fused_head = fused_head
         self.register_buffer("pos_weight_K", torch.as_tensor(pos_weight_K, dtype=torch.float32), persistent=False)
+
+    @property
+    def asks(self) -> dict[str, Any]:
+        """What the model has to be asked for, so that its output holds all that the loss needs."""
+        return {
+            "instance_logits": self.config.instance_weight > 0,
+            "composite_shares": self.config.top_fractions if self.config.composite_weight > 0 else (),
+        }
 
     def forward(self, output: BagOutput, label_BK: Tensor, weight_B: Tensor, *, global_count: float) -> LossParts:
         """The loss of a micro-batch.

@@ -5,15 +5,17 @@ B bags, S scales, K labels, M images of this rank, N images of the split.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from msmil.engine.pipeline import Pipeline, known_labels
+from msmil.engine.losses import BagLoss, LossParts
+from msmil.engine.pipeline import Pipeline, known_labels, to_device
 from msmil.types import Bag, BagOutput, Prediction
 from shards.errors import UserError
 from shards.plan import evaluation_span
@@ -30,6 +32,7 @@ class _Part:
     probability_MK: np.ndarray
     scale_probability_MSK: np.ndarray | None
     scale_weight_MKS: np.ndarray | None
+    losses: dict[str, float]
 
 
 def predict(pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows_N: np.ndarray) -> list[Prediction]:
@@ -38,28 +41,59 @@ def predict(pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows
     Raises:
         UserError: a probability is not finite; the image is named.
     """
-    parts: list[_Part] = pipeline.runtime.gather(_predict_span(pipeline, module, rows_N))
+    return _predict(pipeline, module, scales, rows_N, None)[0]
+
+
+def predict_with_losses(
+    pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows_N: np.ndarray, loss: BagLoss
+) -> tuple[list[Prediction], dict[str, float]]:
+    """`predict`, and the loss of training with its parts over all of these rows, by name.
+
+    As in training it is a sum over known labels, divided by rows x labels. Not in it: the padding and the augmentation
+    of training, and its uniform attention (loss.uniform_attention_share).
+    """
+    return _predict(pipeline, module, scales, rows_N, loss)
+
+
+def _predict(
+    pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows_N: np.ndarray, loss: BagLoss | None
+) -> tuple[list[Prediction], dict[str, float]]:
+    parts: list[_Part] = pipeline.runtime.gather(_predict_span(pipeline, module, rows_N, loss))
     row_N = np.concatenate([part.row_M for part in parts])
     assert np.array_equal(row_N, rows_N), "every image is predicted exactly once"
-    return _as_predictions(pipeline, scales, parts)
+    losses: dict[str, float] = {}
+    for part in parts:
+        _add(losses, part.losses)
+    return _as_predictions(pipeline, scales, parts), losses
+
+
+def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def forward_batches(
-    pipeline: Pipeline, module: nn.Module, rows_M: np.ndarray, *, instance_logits: bool, what: str
+    pipeline: Pipeline, module: nn.Module, rows_M: np.ndarray, *, instance_logits: bool, what: str | None
 ) -> Iterator[tuple[Batch, Bag, BagOutput]]:
     """Run the module in eval mode over these rows; the batch stays on the host, bag and output are on the device.
 
-    The batch holds images whether or not the module is called on stored features.
+    The batch holds images whether or not the module is called on stored features. `what` names the progress that is
+    shown; None shows none.
     """
-    for batch, bag, output in _forward(
-        pipeline, module, rows_M, images=True, instance_logits=instance_logits, what=what
-    ):
+    asks = {"instance_logits": instance_logits}
+    for batch, bag, output in _forward(pipeline, module, rows_M, images=True, asks=asks, what=what):
         assert bag is not None
         yield batch, bag, output
 
 
 def _forward(
-    pipeline: Pipeline, module: nn.Module, rows_M: np.ndarray, *, images: bool, instance_logits: bool, what: str
+    pipeline: Pipeline,
+    module: nn.Module,
+    rows_M: np.ndarray,
+    *,
+    images: bool,
+    asks: Mapping[str, Any],
+    what: str | None,
 ) -> Iterator[tuple[Batch, Bag | None, BagOutput]]:
     config, runtime = pipeline.config, pipeline.runtime
     stream = evaluation_stream(
@@ -76,12 +110,12 @@ def _forward(
     with (
         eval_mode(module),
         torch.inference_mode(),
-        progress(len(rows_M), what, "images", quiet=runtime.quiet or not runtime.is_main) as bar,
+        progress(len(rows_M), what or "", "images", quiet=what is None or runtime.quiet or not runtime.is_main) as bar,
     ):
         for batch in stream:
             bag = pipeline.bag(batch, epoch=None)
             with runtime.autocast():
-                output: BagOutput = module(**pipeline.model_input(batch, bag), instance_logits=instance_logits)
+                output: BagOutput = module(**pipeline.model_input(batch, bag), **asks)
             yield batch, bag, output
             bar.update(len(batch.sample_B))
 
@@ -98,12 +132,15 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _predict_span(pipeline: Pipeline, module: nn.Module, rows_N: np.ndarray) -> _Part:
+def _predict_span(pipeline: Pipeline, module: nn.Module, rows_N: np.ndarray, loss: BagLoss | None) -> _Part:
     span = evaluation_span(len(rows_N), pipeline.runtime.world, pipeline.runtime.rank)
     rows_M = rows_N[span.start : span.stop]
     probability, scale_probability, scale_weight = [], [], []
-    images = pipeline.features is None
-    for _, _, output in _forward(pipeline, module, rows_M, images=images, instance_logits=False, what="predicting"):
+    losses: dict[str, float] = {}
+    images, asks = pipeline.features is None, {} if loss is None else loss.asks
+    for batch, _, output in _forward(pipeline, module, rows_M, images=images, asks=asks, what="predicting"):
+        if loss is not None:
+            _add(losses, _losses(pipeline, loss, batch, output, len(rows_N)))
         probability.append(output.logit_BK.float().sigmoid().cpu().numpy())
         if output.scale_logit_SBK is not None:
             scale_probability.append(output.scale_logit_SBK.float().sigmoid().transpose(0, 1).cpu().numpy())
@@ -114,7 +151,16 @@ def _predict_span(pipeline: Pipeline, module: nn.Module, rows_N: np.ndarray) -> 
         probability_MK=np.concatenate(probability) if probability else np.zeros((0, len(pipeline.labels)), np.float32),
         scale_probability_MSK=np.concatenate(scale_probability) if scale_probability else None,
         scale_weight_MKS=np.concatenate(scale_weight) if scale_weight else None,
+        losses=losses,
     )
+
+
+def _losses(pipeline: Pipeline, loss: BagLoss, batch: Batch, output: BagOutput, images: int) -> dict[str, float]:
+    """The batch's share in the losses of all `images`, from one copy to the host."""
+    label_BK, weight_B = (to_device(x, pipeline.runtime.device) for x in (batch.label_BK, batch.weight_B))
+    parts: LossParts = loss(output, label_BK, weight_B, global_count=images * len(pipeline.labels))
+    named = parts.named(pipeline.labels)
+    return dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True))
 
 
 def _as_predictions(pipeline: Pipeline, scales: tuple[int, ...], parts: list[_Part]) -> list[Prediction]:

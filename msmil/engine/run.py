@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from msmil.config import Config
 from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
+from msmil.engine.board import has_maps, start_of_run
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint
 from msmil.engine.checkpoint_state import newest
 from msmil.engine.data_summary import describe_data
@@ -72,6 +73,9 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     if runtime.is_main:
         run.tracker = Tracker(folder.tensorboard, start_step=run.state.step, total_steps=schedule.total_steps)
         run.tracker.text("configuration", dump_config(config))
+        run.tracker.add(start_of_run(run), 0)
+        if config.tracking.images and not has_maps(network):
+            log.info("this model has no maps: TensorBoard shows no images (tracking.images)")
         run.tracker.open_progress(quiet=runtime.quiet)
     return run
 

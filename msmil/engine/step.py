@@ -31,11 +31,16 @@ Blocks = Literal["all"] | int
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did, the same on all ranks."""
+    """What one step did, the same on all ranks.
+
+    own_s: seconds of each rank until its last backward, in which the ranks wait for each other; empty in steps that
+    are not timed exactly.
+    """
 
     losses: dict[str, float]
     gradient_norm: float
     skipped: bool
+    own_s: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +117,17 @@ class Stepper:
             with runtime.accumulate(self._prepared, last=last):
                 parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
                 timer.mark("forward")
+                own_s = timer.total_s
                 runtime.backward(parts.total)
                 timer.mark("backward")
-            shares.append(_as_vector(parts))
-        losses = self._reduce(parts, torch.stack(shares).sum(0))
+            shares.append(torch.stack([*parts.named(self.pipeline.labels).values()]))
+        losses, seconds = self._reduce(parts, torch.stack(shares).sum(0), own_s if timer.exact else None)
         norm = runtime.clip_gradients(self._prepared, config.optim.clip_grad_norm)
         self._refuse_non_finite(losses["total"], float(norm), rows)
         self._update()
         timer.mark("optimizer")
-        return StepReport(losses=losses, gradient_norm=float(norm), skipped=bool(self._optimizer.step_was_skipped))
+        skipped = bool(self._optimizer.step_was_skipped)
+        return StepReport(losses=losses, gradient_norm=float(norm), skipped=skipped, own_s=seconds)
 
     def _forward(self, batch: Batch, *, epoch: int, step: int, micro: int) -> LossParts:
         config, device = self.pipeline.config, self.pipeline.runtime.device
@@ -129,8 +136,7 @@ class Stepper:
         output = self._called(
             **model_input,
             uniform_mix=self.schedule.uniform_mix(step),
-            instance_logits=config.loss.instance_weight > 0,
-            composite_shares=config.loss.top_fractions if config.loss.composite_weight > 0 else (),
+            **self.loss.asks,
         )
         parts: LossParts = self.loss(
             output,
@@ -140,9 +146,17 @@ class Stepper:
         )
         return parts
 
-    def _reduce(self, parts: LossParts, share: Tensor) -> dict[str, float]:
-        values = self.pipeline.runtime.sum(share).tolist()
-        return dict(zip(_names(parts, self.pipeline.labels), values, strict=True))
+    def _reduce(
+        self, parts: LossParts, share: Tensor, own_s: float | None
+    ) -> tuple[dict[str, float], tuple[float, ...]]:
+        """The loss and the seconds of every rank, in one all-reduce: a rank fills its place among zeros."""
+        runtime, names = self.pipeline.runtime, list(parts.named(self.pipeline.labels))
+        if own_s is not None:
+            place_W = share.new_zeros(runtime.world)
+            place_W[runtime.rank] = own_s
+            share = torch.cat([share, place_W])
+        values = runtime.sum(share).tolist()
+        return dict(zip(names, values[: len(names)], strict=True)), tuple(values[len(names) :])
 
     def _refuse_non_finite(self, loss: float, norm: float, rows: list[int]) -> None:
         """fp16 scales gradients and skips the steps in which they overflow; a loss has to be finite always."""
@@ -163,17 +177,6 @@ class Stepper:
             self.pipeline.runtime.average(self._moved)
         if self.ema is not None and not self._optimizer.step_was_skipped:
             self.ema.update_parameters(self.module)
-
-
-def _names(parts: LossParts, labels: tuple[str, ...]) -> list[str]:
-    names = ["total", "aggregated", *(f"label/{label}" for label in labels)]
-    names += [f"scale/{scale}" for scale in parts.per_scale]
-    return [*names, *parts.auxiliary]
-
-
-def _as_vector(parts: LossParts) -> Tensor:
-    values = [parts.total, parts.aggregated, *parts.per_label_K, *parts.per_scale.values(), *parts.auxiliary.values()]
-    return torch.stack([value.detach().float() for value in values])
 
 
 def _moving_statistics(module: nn.Module) -> list[Tensor]:

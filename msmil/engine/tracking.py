@@ -7,13 +7,14 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Final
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from shards.errors import UserError
@@ -56,12 +57,12 @@ class PhaseTimer:
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self._synchronize = synchronize
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._exact = False
+        self.exact = False
         self._last = time.perf_counter()
 
     def start(self, *, exact: bool) -> None:
         """Begin a step."""
-        self._exact = exact
+        self.exact = exact
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._tick()
 
@@ -71,8 +72,13 @@ class PhaseTimer:
         self._tick()
         self.seconds[phase] += self._last - last
 
+    @property
+    def total_s(self) -> float:
+        """Seconds of the step so far."""
+        return sum(self.seconds.values())
+
     def _tick(self) -> None:
-        if self._exact:
+        if self.exact:
             self._synchronize()
         self._last = time.perf_counter()
 
@@ -109,9 +115,13 @@ class Tracker:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Scalars of one step (1-based: the number of finished steps)."""
+        self.add([summary.scalar(name, value) for name, value in values.items()], step)
+
+    def add(self, summaries: Iterable[Summary], step: int) -> None:
+        """Anything that TensorBoard shows, at a step."""
         try:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            for one in summaries:
+                self._writer._get_file_writer().add_summary(one, step)
         except OSError as error:
             fix = "free space or choose another output_dir, then start the same command again: it resumes"
             raise UserError(f"curves cannot be written ({error})", file=self._folder, fix=fix) from None

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 
 from msmil.config import Config
 from msmil.config_io import dump_config
+from msmil.engine.board import end_of_run, rank_scalars, show_validation
 from msmil.engine.checkpoint import point, prune, save_checkpoint
-from msmil.engine.predict import predict
+from msmil.engine.predict import predict_with_losses
 from msmil.engine.run import Run, open_run
 from msmil.engine.runtime import Runtime
 from msmil.engine.step import Blocks, Stepper, StepReport
 from msmil.engine.tracking import PhaseTimer, log, memory_bytes
 from msmil.evaluation.classification import Threshold, rank, scores
+from msmil.models.mil import MILModel
 from msmil.types import Prediction, TrainState
 from shards.stream import train_stream
 from shards.types import Batch
@@ -42,6 +45,8 @@ def train(config: Config, runtime: Runtime) -> TrainState:
             if due:
                 validate(run)
             save(run)
+        if run.tracker is not None:
+            run.tracker.add(end_of_run(), run.state.step)
     finally:
         if run.tracker is not None:
             run.tracker.close()
@@ -155,7 +160,8 @@ def track_step(run: Run, report: StepReport, timer: PhaseTimer, images_per_s: fl
     values = {f"train/loss/{name}": value for name, value in report.losses.items()}
     values |= {f"train/lr/{name}": rate for name, rate in run.stepper.learning_rates().items()}
     values |= {f"train/seconds/{phase}": seconds for phase, seconds in timer.seconds.items()}
-    values["train/seconds/step"] = sum(timer.seconds.values())
+    values["train/seconds/step"] = timer.total_s
+    values |= rank_scalars(report.own_s)
     values["train/gradient_norm"] = report.gradient_norm
     if run.pipeline.config.train.precision == "fp16":
         values["train/skipped"] = float(report.skipped)
@@ -165,14 +171,15 @@ def track_step(run: Run, report: StepReport, timer: PhaseTimer, images_per_s: fl
 
 
 def validate(run: Run) -> None:
-    """Predict the validation images, track the metrics, and remember whether this step is the best so far.
+    """Predict the validation images, track metrics and losses, and remember whether this step is the best so far.
 
     The metric is the mean of the labels' AUROC; a label without positives or negatives has none and is left out.
     """
     rows = run.pipeline.manifest.rows("val")
-    module = run.network if run.ema is None else run.ema.module
-    predictions = predict(run.pipeline, module, run.network.scales, rows)
+    module = run.network if run.ema is None else cast(MILModel, run.ema.module)
+    predictions, losses = predict_with_losses(run.pipeline, module, run.network.scales, rows, run.loss)
     values = validation_scalars(predictions, run.pipeline.labels, run.network.scales)
+    values |= {f"val/loss/{name}": value for name, value in losses.items() if math.isfinite(value)}
     aurocs = [values[key] for label in run.pipeline.labels if (key := f"val/auroc/{label}") in values]
     metric = sum(aurocs) / len(aurocs) if aurocs else None
     if metric is not None:
@@ -180,10 +187,10 @@ def validate(run: Run) -> None:
     best = run.state.best_metric
     if metric is not None and (best is None or metric > best):
         run.state = replace(run.state, best_metric=metric, best_step=run.state.step)
-    if run.tracker is not None:
-        run.tracker.scalars(values, run.state.step)
+    best_now = run.state.best_step == run.state.step
+    run.pipeline.runtime.on_main(lambda: show_validation(run, module, predictions, values, best=best_now))
     text = ", ".join(f"{label} {values.get(f'val/auroc/{label}', float('nan')):.3f}" for label in run.pipeline.labels)
-    log.info("validation AUROC: %s%s", text, " (best so far)" if run.state.best_step == run.state.step else "")
+    log.info("validation AUROC: %s%s", text, " (best so far)" if best_now else "")
 
 
 def validation_scalars(

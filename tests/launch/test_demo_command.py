@@ -23,7 +23,7 @@ def test_phantoms_to_results(
     command = ["demo", "--data", str(tmp_path / "data"), "--ranks", "2", *overrides]
     assert cli.main(command) == 0
     printed = capfd.readouterr().out
-    assert "tensorboard --logdir" in printed
+    assert f"msmil watch {tmp_path}" in printed
     assert f"Report: {tmp_path / 'demo' / 'report.html'}" in printed
     assert "<h1>msmil report: demo</h1>" in (tmp_path / "demo" / "report.html").read_text()
     assert "Mean AUROC over labels" in printed

@@ -63,6 +63,8 @@ def test_tensorboard_has_what_a_person_watches(trained: Path) -> None:
     assert {f"train/loss/{name}" for name in losses} <= tags
     assert {f"train/seconds/{name}" for name in phases} <= tags
     assert {"train/gradient_norm", "train/images_per_s", "train/memory_gb", "train/lr/backbone/decay"} <= tags
+    assert {f"ranks/seconds/{name}" for name in ("rank_0", "rank_1", "min", "mean", "max")} <= tags
+    assert {"val/loss/total", "val/loss/label/Mass", "best/auroc", "best/auroc/Mass"} <= tags
     assert {"val/auroc/mean", "val/auroc/Mass", "val/auroc/Mass/scale_8", "val/average_precision/Mass"} <= tags
 
 

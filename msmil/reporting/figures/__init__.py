@@ -11,7 +11,7 @@ from msmil.reporting.figures.classification import (
     roc,
     scale_weights,
 )
-from msmil.reporting.figures.maps import MapRow, maps_figure, panel, reduced
+from msmil.reporting.figures.maps import MapRow, draw_boxes, draw_panel, maps_figure, panel, reduced
 from msmil.reporting.figures.series import Series, intervals, lines
 from msmil.reporting.figures.style import png, save
 
@@ -20,6 +20,8 @@ __all__ = [
     "Series",
     "classification_figures",
     "confusion",
+    "draw_boxes",
+    "draw_panel",
     "intervals",
     "lines",
     "maps_figure",

@@ -146,14 +146,14 @@ def maps_figure(rows: Sequence[MapRow], label: str) -> Any:
         top += _ROW_TITLE_IN
         for column in range(1 + len(names)):
             axes = at(_GAP_IN + column * (width_in + _GAP_IN), top, width_in, height_in)
-            _panel(axes, row, names[column - 1] if column else None, overlay=column == 1)
-            _draw_boxes(axes, [box for box in row.boxes if box.label == label])
+            draw_panel(axes, row, names[column - 1] if column else None, overlay=column == 1)
+            draw_boxes(axes, [box for box in row.boxes if box.label == label])
         top += height_in
     _foot(figure, at(_GAP_IN, total_h - _FOOT_IN + 0.16, 1.5, 0.12))
     return figure
 
 
-def _panel(axes: Any, row: MapRow, name: str | None, *, overlay: bool) -> None:
+def draw_panel(axes: Any, row: MapRow, name: str | None, *, overlay: bool) -> None:
     """The image (`name` None), a map inside the breast, or a map laid over the image."""
     if name is None or overlay:
         axes.imshow(_grey(row), cmap="gray", vmin=0, vmax=1)
@@ -178,7 +178,8 @@ def _colours(map_HW: Array, breast_HW: Array, *, overlay: bool) -> Array:
     return colour_HW4
 
 
-def _draw_boxes(axes: Any, boxes: Sequence[Box]) -> None:
+def draw_boxes(axes: Any, boxes: Sequence[Box]) -> None:
+    """White frames with a dark edge, seen on dark and on bright ground."""
     # Pixel i spans i..i + 1 in boxes, but i - 0.5..i + 0.5 in imshow.
     for box in boxes:
         corner = (box.x0 - 0.5, box.y0 - 0.5)

@@ -157,7 +157,13 @@ def test_an_option_changes_what_is_learned(train_tiny: Train, sections: dict[str
 
 
 @pytest.mark.parametrize(
-    "sections", [{"data": {"workers": 2}}, {"evaluate": {"batch_size": 3}}, {"checkpoint": {"every_steps": 3}}]
+    "sections",
+    [
+        {"data": {"workers": 2}},
+        {"evaluate": {"batch_size": 3}},
+        {"checkpoint": {"every_steps": 3}},
+        {"tracking": {"images": 2}},
+    ],
 )
 def test_an_option_changes_nothing_that_is_learned(train_tiny: Train, sections: dict[str, Any]) -> None:
     _, default = train_tiny(name="default", train={"epochs": 1})

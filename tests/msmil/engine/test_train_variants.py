@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from msmil.config_io import load_config
 from msmil.engine.evaluate import evaluate
@@ -69,9 +70,8 @@ def _reset() -> None:
 def test_a_variant_trains_and_is_evaluated(name: str, tmp_path: Path, packed: Path) -> None:
     model, loss, maps = CASES[name]
     overlap = {"tile_overlap": 0.5} if name in ("single", "nested") else {}
-    file = write_tiny(
-        tmp_path, packed, model=model, loss=loss, bags=TILES | overlap, train={"epochs": 1}, optim={"warmup_epochs": 0}
-    )
+    sections = {"train": {"epochs": 1}, "optim": {"warmup_epochs": 0}, "tracking": {"images": 1}}
+    file = write_tiny(tmp_path, packed, model=model, loss=loss, bags=TILES | overlap, **sections)
     config = load_config(file)
     check_experiment(config, world=1)
     train(config, Runtime(config.train))
@@ -83,5 +83,6 @@ def test_a_variant_trains_and_is_evaluated(name: str, tmp_path: Path, packed: Pa
     assert set(located["Mass"] if located else {}) == maps
     assert ("this model has no maps" in folder.log.read_text()) == (not maps)
     assert (folder.figures / "test_Mass_maps.png").exists() == bool(maps)
+    assert len(EventAccumulator(str(folder.tensorboard)).Reload().Tags()["images"]) == bool(maps)
     scales = results["labels"]["Mass"]["scales"]
     assert set(scales) == ({str(s) for s in config.model.scales} if name not in ("single", "no_maps") else set())
