@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from shards.errors import UserError
 
 if TYPE_CHECKING:
-    from msmil.config import Config, DataConfig, ModelConfig
+    from msmil.config import Config, DataConfig, ModelConfig, TrainConfig
 
 PYRAMIDS: Final = ("fpn", "backbone_pyramid")
 _WITHOUT_ATTENTION: Final = ("max", "mean")
@@ -46,6 +46,26 @@ def check_folds(data: DataConfig) -> None:
         require(data.fold == 0, "data.fold", data.fold, "set data.folds too")
     elif folds != "table":
         require(data.fold < folds, "data.fold", data.fold, f"give a number from 0 to {folds - 1}")
+
+
+def check_engine(train: TrainConfig) -> None:
+    """Refuse engine settings that contradict each other, and what DeepSpeed cannot do exactly.
+
+    Raises:
+        UserError: naming the key, its value and the fix.
+    """
+    if train.engine == "ddp":
+        fix = "set train.engine: deepspeed, or train.offload_optimizer: false"
+        require(not train.offload_optimizer, "train.offload_optimizer", True, fix)
+        return
+    fix = "set train.precision: bf16 (as wide, and needs no loss scale), or train.engine: ddp"
+    require(train.precision != "fp16", "train.precision (with engine: deepspeed)", train.precision, fix)
+    fix = "set train.compile: false, or train.engine: ddp"
+    require(not train.compile, "train.compile (with engine: deepspeed)", train.compile, fix)
+    fix = "set train.zero_stage to 1, 2 or 3; stage 0 divides nothing and offloads nothing"
+    require(not (train.offload_optimizer and train.zero_stage == 0), "train.offload_optimizer", True, fix)
+    fix = "set train.ema_decay: 0, or a train.zero_stage of at most 2: stage 3 holds no whole weights to average"
+    require(not (train.ema_decay and train.zero_stage == 3), "train.ema_decay", train.ema_decay, fix)
 
 
 def check_model(config: Config) -> None:

@@ -15,6 +15,8 @@ from msmil.config import Config
 from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint, newest
+from msmil.engine.ddp import DdpEngine
+from msmil.engine.engines import Engine
 from msmil.engine.losses import BagLoss, auto_pos_weight
 from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
@@ -92,6 +94,18 @@ def make_network(pipeline: Pipeline, *, pretrained: bool) -> MILModel:
         set_gradient_checkpointing(network)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     return network.to(device=runtime.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def bare_again(run: Run, engine: Engine) -> MILModel:
+    """The network once its engine is closed. DeepSpeed's buffers go with it: there a new network takes the weights."""
+    if isinstance(engine, DdpEngine):
+        engine.close()
+        return run.network
+    weights = engine.weights()
+    engine.close()
+    network = make_network(run.pipeline, pretrained=False)
+    network.load_state_dict(weights)
+    return network
 
 
 def make_schedule(pipeline: Pipeline) -> Schedule:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from msmil.config_io import load_config
+from msmil.engine.ddp import DdpEngine
+from msmil.engine.engines import Engine
 from msmil.engine.run import open_run
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import PhaseTimer
@@ -22,19 +25,12 @@ def main(config_file: str, out: str, steps: int, dtype: torch.dtype) -> None:
     if dtype == torch.float64:
         run.network.double()
     gradients: dict[str, torch.Tensor] = {}
-
-    def keep(optimizer: Any, *_: object) -> None:
-        if not gradients:
-            for name, parameter in run.network.named_parameters():
-                if parameter.grad is not None:
-                    gradients[name] = parameter.grad.clone()
-
     losses = []
     step = 0
     for epoch in range(config.train.epochs):
         run.stepper = stepper_of_epoch(run, epoch)
         if step == 0:
-            run.stepper._bare_optimizer.register_step_pre_hook(keep)
+            keep_gradients(run.stepper.engine, gradients)
         batches = open_stream(run, epoch)
         for _ in range(run.schedule.steps_per_epoch):
             if step < steps:
@@ -46,6 +42,21 @@ def main(config_file: str, out: str, steps: int, dtype: torch.dtype) -> None:
     if run.tracker is not None:
         run.tracker.close()
     runtime.close()
+
+
+def keep_gradients(engine: Engine, gradients: dict[str, torch.Tensor]) -> None:
+    """Look at the whole, averaged gradients in front of the first update."""
+    update = engine.update
+
+    def look(*arguments: Any, **more: Any) -> tuple[float, bool]:
+        if not gradients:
+            for name, parameter in engine.module.named_parameters():
+                gradient = parameter.grad if isinstance(engine, DdpEngine) else safe_get_full_grad(parameter)
+                if parameter.requires_grad and gradient is not None:
+                    gradients[name] = gradient.clone()
+        return update(*arguments, **more)
+
+    engine.update = look  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
