@@ -95,17 +95,21 @@ class ZeroEngine:
             for parameter in parameters:
                 for key in _MOMENTS:
                     found[f"{names[id(parameter)]}/{key}"] = self._whole(parameter, state[key], key)
-                found[f"{names[id(parameter)]}/step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
+                found[f"{names[id(parameter)]}/step"] = torch.tensor(float(state["step"]))
         return found
 
     def weights(self) -> dict[str, Tensor]:
         """The module's state: whole parameters and buffers. All ranks have to call it."""
         if not self.divides_weights:
-            return self.module.state_dict()
+            return self._copies()
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+            return self._copies()
+
+    def _copies(self) -> dict[str, Tensor]:
+        # weights are views of one buffer, which a file must not hold once for each of them
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
 
     def close(self) -> None:
         """Let go of DeepSpeed's buffers and hooks."""
