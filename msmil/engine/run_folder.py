@@ -21,10 +21,12 @@ from shards.files import atomic_file
 
 COMMAND_VARIABLE = "MSMIL_COMMAND"  # what the user typed, handed down to the ranks
 
-# What a resumed run may change: nothing that moves a weight. The data are held by their fingerprint, not by their path.
+# What a resumed run may change: the learning rate, how the same steps are computed, and what moves no weight.
+# The data are held by their fingerprint, not by their path.
 MAY_CHANGE: tuple[str, ...] = (
-    "name", "output_dir", "data.shards", "data.workers", "data.prefetch_batches",
-    "checkpoint.", "evaluate.", "tracking.",
+    "name", "output_dir", "data.shards", "data.workers", "data.prefetch_batches", "optim.lr",
+    "train.engine", "train.zero_stage", "train.offload_optimizer", "train.accumulation", "train.gradient_checkpointing",
+    "train.channels_last", "train.compile", "checkpoint.", "evaluate.", "tracking.",
 )  # fmt: skip
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pandas", "pyarrow", "scikit-learn")
 

@@ -163,7 +163,8 @@ def _names(parts: LossParts, labels: tuple[str, ...]) -> list[str]:
 
 def _as_vector(parts: LossParts) -> Tensor:
     values = [parts.total, parts.aggregated, *parts.per_label_K, *parts.per_scale.values(), *parts.auxiliary.values()]
-    return torch.stack([value.detach().float() for value in values])
+    vector = torch.stack([value.detach() for value in values])
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
 
 def _moving_statistics(module: nn.Module) -> list[Tensor]:

@@ -47,8 +47,8 @@ def train_leg(leg: dict[str, Any]) -> None:
     run = open_run(config, runtime)
     dtype = getattr(torch, leg.get("dtype", "float32"))
     if dtype == torch.float64:
-        run.network.double()
-    told: dict[str, Any] = {"world": runtime.world, "start": run.state.step, "losses": [], "samples": [], "names": []}
+        run.network.double().backbone.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
+    told: dict[str, Any] = {"world": runtime.world, "start": run.state.step, "losses": [], "samples": []}
     gradients: dict[str, torch.Tensor] = {}
     while run.state.step < leg["until"]:
         train_epoch_until(run, leg["until"], told, gradients)
