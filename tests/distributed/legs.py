@@ -53,7 +53,10 @@ def train_leg(leg: dict[str, Any]) -> None:
     while run.state.step < leg["until"]:
         train_epoch_until(run, leg["until"], told, gradients)
     save(run)
-    told["samples"] = [sorted(sum(ranks, [])) for ranks in zip(*runtime.gather(told["samples"]), strict=True)]
+    told["samples"] = [
+        sorted(sample for part in ranks for sample in part)
+        for ranks in zip(*runtime.gather(told["samples"]), strict=True)
+    ]
     if runtime.is_main:
         Path(leg["out"]).write_text(json.dumps(told))
         torch.save(gradients, f"{leg['out']}.gradients")
