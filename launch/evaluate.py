@@ -90,12 +90,13 @@ def main(
     as_json: bool = False,
 ) -> None:
     """Evaluate in this process, one rank of the world that the launcher made; rank 0 prints the results."""
+    from msmil.engine.environment import without_engine
     from msmil.engine.evaluate import evaluate
     from msmil.engine.run_folder import RunFolder
     from msmil.engine.runtime import Runtime
     from msmil.evaluation.results import results_table
 
-    runtime = Runtime(config.train, quiet=quiet)
+    runtime = Runtime(without_engine(config.train), quiet=quiet)
     results = evaluate(config, RunFolder(folder), runtime, split=split, checkpoint=checkpoint, other_data=other_data)
     if runtime.is_main:
         table = results_table(results, results["localisation"])

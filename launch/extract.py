@@ -63,10 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
 def main(config: Config, args: argparse.Namespace) -> None:
     """Extract in this process, one rank of the world that the launcher made."""
+    from msmil.engine.environment import without_engine
     from msmil.engine.extract import Storage, extract
     from msmil.engine.runtime import Runtime
 
-    runtime = Runtime(config.train, quiet=args.quiet)
+    runtime = Runtime(without_engine(config.train), quiet=args.quiet)
     storage = Storage(dtype=args.dtype, zstd=args.zstd, images_per_shard=args.images_per_shard)
     extract(config, args.out, runtime, storage, only_sizes=args.sizes, as_json=args.json)
     runtime.close()

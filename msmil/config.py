@@ -5,13 +5,13 @@ Read from YAML and `a.b=c` overrides by msmil.config_io. Imports no torch.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msmil.config_checks import check_folds, check_frozen, check_model
+from msmil.config_checks import check_engine, check_folds, check_frozen, check_model
 from msmil.config_checks import require as _require
 from msmil.config_offline import check_offline
+from msmil.config_ranges import check_ranges
 
 
 def opt(default: Any, doc: str) -> Any:
@@ -162,7 +162,11 @@ class TrainConfig:
     epochs: int = opt(30, "passes over the training images")
     batch_size: int = opt(8, "images of one optimizer step, over all ranks and accumulation steps")
     accumulation: int = opt(1, "micro-steps of one optimizer step")
-    engine: Literal["ddp"] = opt("ddp", "what synchronises the ranks")
+    engine: Literal["ddp", "deepspeed"] = opt("ddp", "what synchronises the ranks")
+    zero_stage: Literal[0, 1, 2, 3] = opt(
+        2, "engine: deepspeed: what is divided among the ranks: nothing, moments, gradients too, weights too"
+    )
+    offload_optimizer: bool = opt(False, "engine: deepspeed: moments and the update are kept on the CPU (stages 1-3)")
     precision: Literal["fp32", "bf16", "fp16"] = opt("bf16", "autocast type over fp32 parameters; fp16 needs a GPU")
     encoder: Literal["finetune", "frozen"] = opt("finetune", "train the backbone, or keep it in eval mode")
     head_warmup_epochs: int = opt(0, "epochs at the start in which the backbone is frozen")
@@ -226,7 +230,7 @@ class Config:
 
 def _check(config: Config) -> None:
     """Refuse what types cannot tell: ranges and settings that exclude each other."""
-    _check_ranges(config)
+    check_ranges(config)
     train, data = config.train, config.data
     check_folds(config.data)
     check_model(config)
@@ -250,56 +254,6 @@ def _check(config: Config) -> None:
     check_frozen(train)
     if data.features:
         check_offline(config)
+    check_engine(train)
     fix = "the head-only stage must end before the run does"
     _require(train.head_warmup_epochs < train.epochs, "train.head_warmup_epochs", train.head_warmup_epochs, fix)
-
-
-def _check_ranges(config: Config) -> None:
-    parts = (config.data, config.bags, config.bags.augment, config.model, config.loss, config.optim, config.train)
-    names = ("data", "bags", "bags.augment", "model", "loss", "optim", "train")
-    values = {f"{n}.{k}": v for n, part in zip(names, parts, strict=True) for k, v in vars(part).items()}
-    values["seed"] = config.seed
-    for section in ("checkpoint", "evaluate", "tracking"):
-        values |= {f"{section}.{k}": v for k, v in vars(getattr(config, section)).items()}
-    for key, value in values.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
-        _require(finite, key, value, "give a finite number")
-    for key in _AT_LEAST_ONE:
-        _require(values[key] >= 1, key, values[key], "give a number of at least 1")
-    for key in _NOT_NEGATIVE:
-        _require(values[key] >= 0, key, values[key], "give a number that is not negative")
-    for key in _BELOW_ONE:
-        _require(0 <= values[key] < 1, key, values[key], "give a number in 0 <= x < 1")
-    for key in _UP_TO_ONE:
-        _require(0 <= values[key] <= 1, key, values[key], "give a number in 0 <= x <= 1")
-    for key in ("bags.std", "bags.local_contrast_sigma_px", "optim.lr"):
-        _require(values[key] > 0, key, values[key], "give a number above 0")
-    blocks = config.train.trainable_blocks
-    _require(blocks == "all" or int(blocks) >= 1, "train.trainable_blocks", blocks, "give all, or at least 1")
-    fractions = config.loss.top_fractions
-    fix = "give shares in 0 < x <= 1, for example [0.005, 0.02]"
-    _require(len(fractions) > 0 and all(0 < f <= 1 for f in fractions), "loss.top_fractions", list(fractions), fix)
-    _require("/" not in config.name and config.name.strip(".") != "", "name", config.name, "give a plain folder name")
-
-
-_AT_LEAST_ONE = (
-    "data.shuffle_block_shards", "data.prefetch_batches", "bags.tile_size_px", "bags.pad_multiple_px",
-    "bags.augment.cutout_px", "model.fpn_dim", "model.encoder_dim", "model.encoder_blocks", "model.encoder_heads",
-    "model.attention_dim", "model.pma_heads", "train.epochs", "train.batch_size", "train.accumulation",
-    "checkpoint.keep_last", "evaluate.every_epochs", "evaluate.batch_size", "evaluate.bootstrap_replicates",
-    "tracking.every_steps",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "seed", "data.fold_seed", "data.workers", "bags.local_contrast", "tracking.images",
-    "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd", "bags.augment.cutout_count",
-    "loss.instance_weight", "loss.composite_weight", "optim.backbone_lr_factor", "optim.weight_decay",
-    "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",
-    "evaluate.gallery",
-)  # fmt: skip
-_BELOW_ONE = (
-    "bags.tile_overlap", "bags.augment.scale", "bags.augment.gain", "bags.augment.offset", "model.drop_path_rate",
-    "model.encoder_dropout", "model.attention_dropout", "model.classifier_dropout", "optim.beta1", "optim.beta2",
-    "train.ema_decay", "evaluate.confidence",
-)  # fmt: skip
-_UP_TO_ONE = ("bags.augment.horizontal_flip", "bags.augment.vertical_flip", "loss.uniform_attention_share")

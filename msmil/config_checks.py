@@ -70,6 +70,26 @@ def check_frozen(train: TrainConfig) -> None:
     require(train.batch_norm == "frozen", "train.batch_norm", train.batch_norm, fix)
 
 
+def check_engine(train: TrainConfig) -> None:
+    """Refuse engine settings that contradict each other, and what DeepSpeed cannot do exactly.
+
+    Raises:
+        UserError: naming the key, its value and the fix.
+    """
+    if train.engine == "ddp":
+        fix = "set train.engine: deepspeed, or train.offload_optimizer: false"
+        require(not train.offload_optimizer, "train.offload_optimizer", True, fix)
+        return
+    fix = "set train.precision: bf16 (as wide, and needs no loss scale), or train.engine: ddp"
+    require(train.precision != "fp16", "train.precision (with engine: deepspeed)", train.precision, fix)
+    fix = "set train.compile: false, or train.engine: ddp"
+    require(not train.compile, "train.compile (with engine: deepspeed)", train.compile, fix)
+    fix = "set train.zero_stage to 1, 2 or 3; stage 0 divides nothing and offloads nothing"
+    require(not (train.offload_optimizer and train.zero_stage == 0), "train.offload_optimizer", True, fix)
+    fix = "set train.ema_decay: 0, or a train.zero_stage of at most 2: stage 3 holds no whole weights to average"
+    require(not (train.ema_decay and train.zero_stage == 3), "train.ema_decay", train.ema_decay, fix)
+
+
 def check_model(config: Config) -> None:
     """Refuse model settings that contradict each other, the bags or the loss.
 

@@ -35,7 +35,7 @@ class Bag:
         return tiles[scale] if isinstance(tiles, dict) else tiles, origin[scale] if isinstance(origin, dict) else origin
 
 
-@dataclass(slots=True)
+@dataclass
 class BagOutput:
     """Everything a model computes for a batch of bags.
 

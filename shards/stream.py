@@ -147,6 +147,22 @@ def evaluation_stream(
     return _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
 
 
+def blank_batch(manifest: Manifest, size: int, *, labels: int, features: Features | None) -> Batch:
+    """A batch of black images (or of features that are 0) of weight 0: what shapes and types real ones have."""
+    hw = (manifest.height_px, manifest.width_px)
+    image_B1HW = None if features is not None else torch.from_numpy(np.zeros((size, 1, *hw), manifest.dtype))
+    levels = None
+    if features is not None:
+        levels = {level: torch.zeros((size, *shape)) for level, shape in features.levels.items()}
+    return Batch(
+        image_B1HW=image_B1HW,
+        label_BK=torch.zeros((size, labels), dtype=torch.int8),
+        weight_B=torch.zeros(size),
+        sample_B=torch.zeros(size, dtype=torch.int64),
+        levels=levels,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Failure:
     """A UserError on its way out of a decoding process: a DataLoader keeps only the text of an exception."""

@@ -34,7 +34,7 @@ def write_tiny(folder: Path, shards: Path, **sections: Any) -> Path:
     for key, value in sections.items():
         tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value
     tree["data"]["shards"] = str(shards)
-    tree["output_dir"] = str(folder / "runs")
+    tree.setdefault("output_dir", str(folder / "runs"))
     file = folder / f"{tree['name']}.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return file

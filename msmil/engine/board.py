@@ -24,7 +24,7 @@ from torch.utils.tensorboard import summary
 
 from msmil.config import Config
 from msmil.config_io import config_to_dict
-from msmil.engine.run_folder import MAY_CHANGE
+from msmil.engine.run_folder import MOVES_NOTHING
 from msmil.engine.tracking import PHASES
 from msmil.evaluation.results import columns
 from msmil.models.mil import MILModel
@@ -77,7 +77,7 @@ def comparable_options(config: Config, fingerprint: str) -> dict[str, bool | flo
             key, field = f"{prefix}{name}", getattr(like, name)
             if hasattr(field, "__dataclass_fields__"):
                 add(value, field, f"{key}.")
-            elif not key.startswith(MAY_CHANGE):
+            elif not key.startswith(MOVES_NOTHING):
                 options[key] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
     add(config_to_dict(config), config, "")

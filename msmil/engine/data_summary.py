@@ -20,7 +20,7 @@ def describe_data(manifest: Manifest, labels: Sequence[str]) -> dict[str, Any]:
         labels: that are learned.
     """
     header = manifest.header
-    parts = {split: manifest.table.take(pa.array(manifest.rows(split))) for split in SPLITS}
+    parts: dict[str, pa.Table] = {split: manifest.table.take(pa.array(manifest.rows(split))) for split in SPLITS}
     return {
         "name": header.name,
         "fingerprint": manifest.fingerprint,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from msmil.config import TrainConfig
@@ -32,8 +33,8 @@ def refuse_environment(config: TrainConfig, environment: Mapping[str, str] = os.
         fix = f"leave it out of the accelerate config file and the shell, or change {key} in the experiment"
         raise UserError(f"{variable}={said[variable]} contradicts {key}: {value}", fix=fix)
 
-    for variable in _OTHER_ENGINES:
-        if variable in said:
+    for variable, engine in _OTHER_ENGINES.items():
+        if variable in said and engine != config.engine:
             refuse(variable, "train.engine", config.engine)
     precision = {"fp32": "no"}.get(config.precision, config.precision)
     if said.get("ACCELERATE_MIXED_PRECISION", precision).lower() != precision:
@@ -43,6 +44,11 @@ def refuse_environment(config: TrainConfig, environment: Mapping[str, str] = os.
         refuse(steps, "train.accumulation", config.accumulation)
     if "ACCELERATE_DYNAMO_BACKEND" in said:
         refuse("ACCELERATE_DYNAMO_BACKEND", "train.compile", config.compile)
+
+
+def without_engine(config: TrainConfig) -> TrainConfig:
+    """The same for ranks that train nothing: whole weights on each, whatever trained them."""
+    return replace(config, engine="ddp", offload_optimizer=False)
 
 
 def default_ranks(num_gpus: int) -> int:

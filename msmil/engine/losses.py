@@ -37,11 +37,12 @@ class LossParts:
     per_label_K: Tensor
 
     def named(self, labels: Sequence[str]) -> dict[str, Tensor]:
-        """Every part by its name in TensorBoard, detached float32 scalars; `labels` are those of the loss, in order."""
+        """Every part by its name in TensorBoard, detached, at least fp32; `labels` are those of the loss, in order."""
         parts = {"total": self.total, "aggregated": self.aggregated}
         parts |= {f"label/{label}": value for label, value in zip(labels, self.per_label_K, strict=True)}
         parts |= {f"scale/{scale}": value for scale, value in self.per_scale.items()}
-        return {name: value.detach().float() for name, value in (parts | self.auxiliary).items()}
+        precise = torch.promote_types(self.total.dtype, torch.float32)
+        return {name: value.detach().to(precise) for name, value in (parts | self.auxiliary).items()}
 
 
 class BagLoss(nn.Module):

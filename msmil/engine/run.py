@@ -18,6 +18,8 @@ from msmil.engine.board import has_maps, start_of_run
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint
 from msmil.engine.checkpoint_state import newest
 from msmil.engine.data_summary import describe_data
+from msmil.engine.ddp import DdpEngine
+from msmil.engine.engines import Engine
 from msmil.engine.losses import BagLoss, auto_pos_weight
 from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
@@ -49,6 +51,7 @@ class Run:
     loss_scale: dict[str, Any] | None
     tracker: Tracker | None
     stepper: Stepper | None = None
+    whole: MILModel | None = None  # see validated_network
 
 
 def open_run(config: Config, runtime: Runtime) -> Run:
@@ -99,6 +102,37 @@ def make_network(pipeline: Pipeline, *, pretrained: bool) -> MILModel:
         set_gradient_checkpointing(network)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     return network.to(device=runtime.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def bare_again(run: Run, engine: Engine) -> MILModel:
+    """The network once its engine is closed. DeepSpeed's buffers go with it: there a new network takes the weights."""
+    if isinstance(engine, DdpEngine):
+        engine.close()
+        return run.network
+    weights = engine.weights()
+    engine.close()
+    network = make_network(run.pipeline, pretrained=False)
+    network.load_state_dict(weights)
+    return network
+
+
+def validated_network(run: Run) -> MILModel:
+    """The network to validate: the averaged weights where there are any. All ranks have to call it.
+
+    Where weights are divided among the ranks (ZeRO-3) it is a whole copy, so that ranks may forward other numbers of
+    batches, and one may draw pictures alone.
+    """
+    assert run.stepper is not None
+    if run.ema is not None:
+        averaged: MILModel = run.ema.module
+        return averaged
+    if not run.stepper.engine.divides_weights:
+        return run.network
+    weights = run.stepper.engine.weights()
+    if run.whole is None:
+        run.whole = make_network(run.pipeline, pretrained=False)
+    run.whole.load_state_dict(weights)
+    return run.whole
 
 
 def make_schedule(pipeline: Pipeline) -> Schedule:

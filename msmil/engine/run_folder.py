@@ -28,10 +28,15 @@ from shards.types import Split
 _LOCK_WAIT_S = 1.0  # `msmil runs` looks at a lock for an instant
 COMMAND_VARIABLE = "MSMIL_COMMAND"  # what the user typed, handed down to the ranks
 
-# What a resumed run may change: nothing that moves a weight. The data are held by their fingerprint, not by their path.
-MAY_CHANGE: tuple[str, ...] = (
+# Options that move no weight. The data are held by their fingerprint, not by their path.
+MOVES_NOTHING: tuple[str, ...] = (
     "name", "output_dir", "data.shards", "data.workers", "data.prefetch_batches",
     "checkpoint.", "evaluate.", "tracking.",
+)  # fmt: skip
+# What a resumed run may change: those, the learning rate, and how the same steps are computed.
+MAY_CHANGE: tuple[str, ...] = (
+    *MOVES_NOTHING, "optim.lr", "train.engine", "train.zero_stage", "train.offload_optimizer", "train.accumulation",
+    "train.gradient_checkpointing", "train.channels_last", "train.compile",
 )  # fmt: skip
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pandas", "pyarrow", "scikit-learn")
 

@@ -1,16 +1,18 @@
-"""The one place that configures accelerate: processes, device, precision, and what ranks say to each other."""
+"""The one place that configures accelerate and DeepSpeed: processes, device, precision, what ranks tell each other."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import socket
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from msmil.config import TrainConfig
@@ -26,6 +28,7 @@ class Runtime:
         device: where tensors go.
         is_main: rank 0, which alone writes files and logs.
         quiet: no progress and no information on the terminal; files are the same.
+        accelerator: accelerate's, for the engines.
     """
 
     def __init__(self, config: TrainConfig, *, quiet: bool = False) -> None:
@@ -35,66 +38,40 @@ class Runtime:
         use_gpu = gpu_in_use()
         if not use_gpu:
             refuse_on_cpu(config)
-        self._accelerator = Accelerator(
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
-            cpu=not use_gpu,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        )
-        self.rank: int = self._accelerator.process_index
-        self.world: int = self._accelerator.num_processes
-        self.device: torch.device = self._accelerator.device
-        self.is_main: bool = self._accelerator.is_main_process
+        make = _with_deepspeed if config.engine == "deepspeed" else _with_ddp
+        self.accelerator: Accelerator = make(config, use_gpu)
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.is_main: bool = self.accelerator.is_main_process
         self.quiet = quiet
+        self._autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
     @property
     def device_name(self) -> str:
         """What computes, in words."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Wrap model and optimizer for this world; only parameters that train now take part."""
         with warnings.catch_warnings():
             # torch >= 2.14 has another word for it, which older ones and accelerate do not know
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            return cast("tuple[nn.Module, Any]", self._accelerator.prepare(model, optimizer))
+            return cast("tuple[Any, Any]", self.accelerator.prepare(model, optimizer))
 
-    def release(self, prepared: nn.Module) -> nn.Module:
-        """The bare module of a prepared one, ready to be prepared anew (when what trains changes)."""
-        module = cast(nn.Module, self._accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
-        self._accelerator.free_memory()
-        return module
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward of a loss that is this rank's share of the global sum.
-
-        DDP averages gradients over ranks; the loss is a sum over ranks divided by a constant, hence the factor.
-        """
-        self._accelerator.backward(loss * self.world)
+    def release(self, prepared: nn.Module) -> None:
+        """Unwrap a module, so that it can be prepared anew (when what trains changes)."""
+        self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
 
     def accumulate(self, prepared: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients only in the last micro-step."""
-        return nullcontext() if last else cast("AbstractContextManager[Any]", self._accelerator.no_sync(prepared))
-
-    def clip_gradients(self, prepared: nn.Module, largest: float) -> Tensor:
-        """Clip to the largest norm (0: no clipping) and return the norm before it."""
-        parameters = [p for p in prepared.parameters() if p.requires_grad]
-        norm = self._accelerator.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
-        return cast(Tensor, norm)
+        return nullcontext() if last else cast("AbstractContextManager[Any]", self.accelerator.no_sync(prepared))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward precision, for calls of a module that is not prepared."""
-        return cast("AbstractContextManager[Any]", self._accelerator.autocast())
-
-    @property
-    def loss_scale(self) -> dict[str, Any] | None:
-        """State of fp16's loss scaling, None in other precisions."""
-        scaler = self._accelerator.scaler
-        return None if scaler is None else dict(scaler.state_dict())
-
-    def load_loss_scale(self, state: Mapping[str, Any] | None) -> None:
-        """Go on with a saved loss scale."""
-        if self._accelerator.scaler is not None and state is not None:
-            self._accelerator.scaler.load_state_dict(dict(state))
+        dtype = self._autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over ranks, in place."""
@@ -135,7 +112,7 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock reads what was done."""
@@ -144,7 +121,78 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the process group."""
-        self._accelerator.end_training()
+        self.accelerator.end_training()
+
+
+def _with_ddp(config: TrainConfig, use_gpu: bool) -> Accelerator:
+    return Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        cpu=not use_gpu,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
+    """Precision is in DeepSpeed's own configuration; clipping is added when an optimizer is prepared."""
+    _require_deepspeed()
+    handlers = []
+    if not use_gpu:
+        if torch.cuda.is_available():
+            fix = "unset ACCELERATE_USE_CPU, or set train.engine: ddp"
+            raise UserError("DeepSpeed cannot be kept off this machine's GPUs", fix=fix)
+        # accelerate drops DeepSpeed without a word when it is told to use the CPU; without gloo every process
+        # believes that it is alone
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(key, value)  # a single process that no launcher started
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    parts = int(os.environ["WORLD_SIZE"]) * config.accumulation
+    return Accelerator(
+        mixed_precision="no",
+        gradient_accumulation_steps=config.accumulation,
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, micro_batch=config.batch_size // parts)),
+        kwargs_handlers=handlers,
+    )
+
+
+def deepspeed_config(config: TrainConfig, *, micro_batch: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, all of it but clipping: none is read from a file.
+
+    Weights stay fp32. bf16 is torch's autocast: DeepSpeed's own bf16 mode casts parameters and leaves batch-norm
+    buffers behind.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    options: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": max(1, micro_batch),
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW everywhere: the same numbers with and without offload
+        "steps_per_print": 10**9,
+    }
+    if config.precision == "bf16":
+        options["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return options
+
+
+def _require_deepspeed() -> None:
+    for package in ("deepspeed", "transformers"):  # accelerate asks for the version of transformers, whoever trains
+        if importlib.util.find_spec(package) is None:
+            fix = "pip install 'msmil[deepspeed]', or set train.engine: ddp"
+            raise UserError(f"train.engine is deepspeed, but {package} is not installed", fix=fix)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 def gpu_in_use() -> bool:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from msmil.engine.engines import make_engine
 from msmil.engine.losses import BagLoss, LossParts
-from msmil.engine.optim import (
-    build_optimizer,
-    learning_rate_factor,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from msmil.engine.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from msmil.engine.pipeline import Pipeline, to_device
 from msmil.engine.seeding import seed_micro_step
 from msmil.engine.tracking import PhaseTimer
 from msmil.models.backbone import set_trainable
 from msmil.models.mil import MILModel
 from shards.errors import UserError
+from shards.stream import blank_batch
 from shards.types import Batch
 
 Blocks = Literal["all"] | int
@@ -59,7 +56,7 @@ class Schedule:
 
 
 class Stepper:
-    """Trains one set of parameters; when another set trains, a new Stepper takes over through `tensors`."""
+    """Trains one set of parameters; when another set trains, a new Stepper takes over through its engine's state."""
 
     def __init__(
         self,
@@ -71,29 +68,19 @@ class Stepper:
         ema: AveragedModel | None,
         blocks: Blocks,
         moments: dict[str, Tensor],
+        loss_scale: Mapping[str, Any] | None,
     ) -> None:
         self.pipeline, self.module, self.loss, self.schedule, self.ema = pipeline, module, loss, schedule, ema
         self.blocks = blocks
         set_trainable(module, blocks)
-        bare = build_optimizer(module, pipeline.config.optim)
-        load_optimizer_tensors(module, bare, moments)
-        self._bare_optimizer = bare
-        self._prepared, self._optimizer = pipeline.runtime.prepare(module, bare)
-        # training alone is compiled: evaluation calls the bare module, in shapes and modes of its own
-        self._called = torch.compile(self._prepared) if pipeline.config.train.compile else self._prepared
+        self._optimizer = build_optimizer(module, pipeline.config.optim)
+        self.engine = make_engine(pipeline, module, self._optimizer, moments=moments, loss_scale=loss_scale)
         self._moved = _moving_statistics(module) if pipeline.config.train.batch_norm == "train" and blocks else []
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Adam's moments by parameter name."""
-        return optimizer_tensors(self.module, self._bare_optimizer)
+        self.engine.settle(lambda: self._forward(self._blank_batch(), epoch=0, step=0, micro=0).total)
 
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each group in the step that was done last."""
-        return {group["name"]: group["lr"] for group in self._bare_optimizer.param_groups}
-
-    def release(self) -> None:
-        """Give the bare module back."""
-        self.pipeline.runtime.release(self._prepared)
+        return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
 
     def __call__(self, batches: Iterator[Batch], *, epoch: int, step: int, timer: PhaseTimer) -> StepReport:
         """Do optimizer step number `step` (0-based) on the next `accumulation` micro-batches.
@@ -101,11 +88,11 @@ class Stepper:
         Raises:
             UserError: the loss or the gradient is not finite; no parameter was changed.
         """
-        config, runtime = self.pipeline.config, self.pipeline.runtime
+        config = self.pipeline.config
         factor = learning_rate_factor(
             step, total_steps=self.schedule.total_steps, warmup_steps=self.schedule.warmup_steps
         )
-        set_learning_rate(self._bare_optimizer, factor)
+        set_learning_rate(self._optimizer, factor)
         self.module.train()
         rows: list[int] = []
         shares: list[Tensor] = []
@@ -113,27 +100,28 @@ class Stepper:
             batch = next(batches)
             timer.mark("wait")
             rows += batch.sample_B.tolist()
-            last = micro == config.train.accumulation - 1
-            with runtime.accumulate(self._prepared, last=last):
+            with self.engine.micro_step(last=micro == config.train.accumulation - 1):
                 parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
                 timer.mark("forward")
                 own_s = timer.total_s
-                runtime.backward(parts.total)
+                self.engine.backward(parts.total)
                 timer.mark("backward")
             shares.append(torch.stack([*parts.named(self.pipeline.labels).values()]))
         losses, seconds = self._reduce(parts, torch.stack(shares).sum(0), own_s if timer.exact else None)
-        norm = runtime.clip_gradients(self._prepared, config.optim.clip_grad_norm)
-        self._refuse_non_finite(losses["total"], float(norm), rows)
-        self._update()
+        self._refuse_non_finite("loss", losses["total"], rows)
+        overflows = config.train.precision == "fp16"
+        norm, skipped = self.engine.update(config.optim.clip_grad_norm, may_overflow=overflows)
+        if not overflows:
+            self._refuse_non_finite("gradient", norm, rows)
+        self._after_update(skipped)
         timer.mark("optimizer")
-        skipped = bool(self._optimizer.step_was_skipped)
-        return StepReport(losses=losses, gradient_norm=float(norm), skipped=skipped, own_s=seconds)
+        return StepReport(losses=losses, gradient_norm=norm, skipped=skipped, own_s=seconds)
 
     def _forward(self, batch: Batch, *, epoch: int, step: int, micro: int) -> LossParts:
         config, device = self.pipeline.config, self.pipeline.runtime.device
         model_input = self.pipeline.model_input(batch, self.pipeline.bag(batch, epoch=epoch))
         seed_micro_step(config.seed, step, micro, self.pipeline.runtime.rank)
-        output = self._called(
+        output = self.engine(
             **model_input,
             uniform_mix=self.schedule.uniform_mix(step),
             **self.loss.asks,
@@ -158,25 +146,26 @@ class Stepper:
         values = runtime.sum(share).tolist()
         return dict(zip(names, values[: len(names)], strict=True)), tuple(values[len(names) :])
 
-    def _refuse_non_finite(self, loss: float, norm: float, rows: list[int]) -> None:
-        """fp16 scales gradients and skips the steps in which they overflow; a loss has to be finite always."""
-        config, manifest = self.pipeline.config, self.pipeline.manifest
-        finite = torch.tensor([loss] if config.train.precision == "fp16" else [loss, norm]).isfinite()
-        if finite.all():
+    def _refuse_non_finite(self, what: str, value: float, rows: list[int]) -> None:
+        """All ranks have the same value. fp16 scales gradients and skips the steps in which they overflow."""
+        if math.isfinite(value):
             return
         every = sorted({row for part in self.pipeline.runtime.gather(rows) for row in part})
-        images = ", ".join(manifest.record(row).key for row in every)
-        what = "loss" if not finite[0] else "gradient"
+        images = ", ".join(self.pipeline.manifest.record(row).key for row in every)
         fix = "look at these images, lower optim.lr, set optim.clip_grad_norm, or train in fp32"
         raise UserError(f"the {what} is not finite; the batch held the samples {images}", fix=fix)
 
-    def _update(self) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+    def _after_update(self, skipped: bool) -> None:
         if self._moved:
             self.pipeline.runtime.average(self._moved)
-        if self.ema is not None and not self._optimizer.step_was_skipped:
+        if self.ema is not None and not skipped:
             self.ema.update_parameters(self.module)
+
+    def _blank_batch(self) -> Batch:
+        """A micro-batch of black images that weigh nothing."""
+        config, pipeline = self.pipeline.config.train, self.pipeline
+        size = config.batch_size // (pipeline.runtime.world * config.accumulation)
+        return blank_batch(pipeline.manifest, size, labels=len(pipeline.labels), features=pipeline.features)
 
 
 def _moving_statistics(module: nn.Module) -> list[Tensor]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 
@@ -15,12 +15,11 @@ from msmil.config_io import dump_config
 from msmil.engine.board import end_of_run, rank_scalars, show_validation
 from msmil.engine.checkpoint import point, prune, save_checkpoint
 from msmil.engine.predict import predict_with_losses
-from msmil.engine.run import Run, open_run
+from msmil.engine.run import Run, bare_again, open_run, validated_network
 from msmil.engine.runtime import Runtime
 from msmil.engine.step import Blocks, Stepper, StepReport
 from msmil.engine.tracking import PhaseTimer, log, memory_bytes
 from msmil.evaluation.classification import Threshold, rank, scores
-from msmil.models.mil import MILModel
 from msmil.types import Prediction, TrainState
 from shards.stream import train_stream
 from shards.types import Batch
@@ -68,8 +67,8 @@ def stepper_of_epoch(run: Run, epoch: int) -> Stepper:
     if before is not None and before.blocks == blocks:
         return before
     if before is not None:
-        run.moments, run.loss_scale = before.tensors(), run.pipeline.runtime.loss_scale
-        before.release()
+        run.moments, run.loss_scale = before.engine.moments(), before.engine.loss_scale
+        run.network = bare_again(run, before.engine)
     stepper = Stepper(
         run.pipeline,
         run.network,
@@ -78,8 +77,8 @@ def stepper_of_epoch(run: Run, epoch: int) -> Stepper:
         ema=run.ema,
         blocks=blocks,
         moments=run.moments,
+        loss_scale=run.loss_scale,
     )
-    run.pipeline.runtime.load_loss_scale(run.loss_scale)
     trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
     log.info("epoch %d: %s of the backbone's blocks train, %.3f M parameters in all", epoch, blocks, trained / 1e6)
     run.moments = {}
@@ -176,7 +175,7 @@ def validate(run: Run) -> None:
     The metric is the mean of the labels' AUROC; a label without positives or negatives has none and is left out.
     """
     rows = run.pipeline.manifest.rows("val")
-    module = run.network if run.ema is None else cast(MILModel, run.ema.module)
+    module = validated_network(run)
     predictions, losses = predict_with_losses(run.pipeline, module, run.network.scales, rows, run.loss)
     values = validation_scalars(predictions, run.pipeline.labels, run.network.scales)
     values |= {f"val/loss/{name}": value for name, value in losses.items() if math.isfinite(value)}
@@ -213,21 +212,22 @@ def validation_scalars(
 
 def save(run: Run) -> None:
     """Write a checkpoint on rank 0; when that fails, all ranks stop with its word."""
-    run.pipeline.runtime.on_main(lambda: _save(run))
-
-
-def _save(run: Run) -> None:
     assert run.stepper is not None
-    root = run.folder.checkpoints
-    folder = save_checkpoint(
-        root,
-        model=run.network.state_dict(),
-        optimizer=run.stepper.tensors(),
-        ema=None if run.ema is None else run.ema.state_dict(),
-        state=run.state,
-        loss_scale=run.pipeline.runtime.loss_scale,
-        config_yaml=dump_config(run.pipeline.config),
-    )
-    if run.state.best_step == run.state.step:
-        point(root, "best", folder.name)
-    prune(root, run.pipeline.config.checkpoint.keep_last)
+    engine, config, root = run.stepper.engine, run.pipeline.config, run.folder.checkpoints
+    weights, moments = engine.weights(), engine.moments()  # all ranks put the parts together
+
+    def write() -> None:
+        folder = save_checkpoint(
+            root,
+            model=weights,
+            optimizer=moments,
+            ema=None if run.ema is None else run.ema.state_dict(),
+            state=run.state,
+            loss_scale=engine.loss_scale,
+            config_yaml=dump_config(config),
+        )
+        if run.state.best_step == run.state.step:
+            point(root, "best", folder.name)
+        prune(root, config.checkpoint.keep_last)
+
+    run.pipeline.runtime.on_main(write)

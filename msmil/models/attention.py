@@ -19,14 +19,18 @@ class LabelLinear(nn.Linear):
         super().__init__(dim, labels)
         self.dropout = dropout
 
-    def forward(self, x_XD: Tensor) -> Tensor:
-        """Every label's unit on the same vectors: [..., D] -> [..., K]."""
-        return super().forward(functional.dropout(x_XD, self.dropout, self.training))
+    def forward(self, x_XD: Tensor, *, own: bool = False) -> Tensor:
+        """Every label's unit on the same vectors: [..., D] -> [..., K]; with `own`, see there."""
+        x_XD = functional.dropout(x_XD, self.dropout, self.training)
+        return (x_XD * self.weight).sum(-1) + self.bias if own else super().forward(x_XD)
 
     def own(self, x_XKD: Tensor) -> Tensor:
-        """Each label's unit on that label's vector: [..., K or 1, D] -> [..., K]; fp32 also under autocast."""
-        x_XKD = functional.dropout(x_XKD, self.dropout, self.training)
-        return (x_XKD * self.weight).sum(-1) + self.bias
+        """Each label's unit on that label's vector: [..., K or 1, D] -> [..., K]; fp32 also under autocast.
+
+        Called through the module, so that what gathers its weights (ZeRO-3) knows when they are needed.
+        """
+        logit_XK: Tensor = self(x_XKD, own=True)
+        return logit_XK
 
 
 class TanhHidden(nn.Module):

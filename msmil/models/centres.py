@@ -86,7 +86,7 @@ def _energies(
     """Per stride the energy of one of the cells that fill the central cell of the coarsest map."""
     device, last = next(network.parameters()).device, pyramid.strides[-1]
     image_1CHW = _noise((1, network.in_channels, *probe_hw), device, seed=probe).requires_grad_()
-    levels = pyramid(network.backbone(image_1CHW))
+    levels = pyramid.levels(network.backbone(image_1CHW))
     for stride in pyramid.strides:
         map_Dhw = levels[stride][0]
         count = last // stride

@@ -79,7 +79,7 @@ def stored(levels: Mapping[int, Tensor], wanted: Sequence[int], mask: TileMask |
 
 def pyramid_instances(pyramid: FeaturePyramid, encoded: Sequence[Encoded]) -> dict[int, Instances]:
     """{stride: the cells of its map}, from the backbone's maps, finest first."""
-    levels = pyramid([level.x_MX for level in encoded])
+    levels = pyramid.levels([level.x_MX for level in encoded])
     return {
         scale: encoded[0].instances(map_MDhw.permute(0, 2, 3, 1).flatten(1, 2)) for scale, map_MDhw in levels.items()
     }

@@ -56,8 +56,12 @@ class FeaturePyramid(nn.Module):
         self.refine = nn.ModuleDict({str(s): nn.Conv2d(dim, dim, 3, padding=1, bias=not norm) for s in strides})
         self.norm = nn.GroupNorm(1, dim) if norm else nn.Identity()
 
-    def forward(self, maps: Sequence[Tensor]) -> dict[int, Tensor]:
+    def levels(self, maps: Sequence[Tensor]) -> dict[int, Tensor]:
         """Backbone maps, finest first -> {scale: map [M, dim, h, w]}, finest first."""
+        return dict(zip(self.scales, self(maps), strict=True))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The maps of `levels` in order (a list: what wraps modules, as ZeRO-3 does, understands no numbered dict)."""
         merged: list[Tensor] = []
         for stride, feature in reversed(list(zip(self.strides, maps, strict=True))):
             lateral = self.norm(self.lateral[str(stride)](feature))
@@ -69,4 +73,4 @@ class FeaturePyramid(nn.Module):
         for scale in self.scales[len(self.strides) :]:
             # kernel 1: a subsampling that keeps the memory format, also on maps smaller than the step
             levels[scale] = functional.max_pool2d(levels[coarsest], kernel_size=1, stride=scale // coarsest)
-        return levels
+        return [levels[scale] for scale in self.scales]

@@ -115,7 +115,7 @@ def pyramid(**options: Any) -> FeaturePyramid:
 
 def test_the_backbone_pyramid_has_no_top_down_path() -> None:
     module, (fine, coarse) = pyramid(top_down=False), two_maps()
-    levels = module([fine, coarse])
+    levels = module.levels([fine, coarse])
     for scale, feature in ((16, fine), (32, coarse)):
         expected = conv(module.refine[str(scale)], conv(module.lateral[str(scale)], feature))
         torch.testing.assert_close(levels[scale], expected)
@@ -131,7 +131,7 @@ def test_bilinear_upsampling_by_two_takes_three_quarters_of_the_nearer_cell() ->
     wide = torch.stack([0.25 * tall[..., :-2] + 0.75 * tall[..., 1:-1],
                         0.75 * tall[..., 1:-1] + 0.25 * tall[..., 2:]], dim=4).flatten(3, 4)  # fmt: skip
     expected = conv(module.refine["16"], conv(module.lateral["16"], fine) + wide)
-    torch.testing.assert_close(module([fine, coarse])[16], expected)
+    torch.testing.assert_close(module.levels([fine, coarse])[16], expected)
 
 
 def test_one_norm_follows_every_convolution() -> None:
@@ -143,7 +143,7 @@ def test_one_norm_follows_every_convolution() -> None:
     p32 = group_norm(module, conv(module.lateral["32"], coarse))
     top = p32.repeat_interleave(2, 2).repeat_interleave(2, 3)
     p16 = group_norm(module, conv(module.lateral["16"], fine)) + top
-    levels = module([fine, coarse])
+    levels = module.levels([fine, coarse])
     torch.testing.assert_close(levels[32], group_norm(module, conv(module.refine["32"], p32)))
     torch.testing.assert_close(levels[16], group_norm(module, conv(module.refine["16"], p16)))
 
@@ -169,7 +169,7 @@ def mlp(encoder: Any, x_ID: Tensor) -> Tensor:
 
 def maps_of(model: MILModel, tile_CPP: Tensor) -> dict[int, Tensor]:
     """{scale: instances [I, D] of one tile, row-major}."""
-    levels = model.pyramid(model.backbone(tile_CPP[None]))
+    levels = model.pyramid.levels(model.backbone(tile_CPP[None]))
     return {scale: map_1Dhw[0].flatten(1).T for scale, map_1Dhw in levels.items()}
 
 

@@ -31,7 +31,7 @@ def test_three_levels_are_the_formula() -> None:
     p32 = lateral(32, coarse)
     p16 = lateral(16, middle) + double(p32)
     p8 = lateral(8, fine) + double(p16)
-    levels = pyramid([fine, middle, coarse])
+    levels = pyramid.levels([fine, middle, coarse])
     assert list(levels) == [8, 16, 32]
     for stride, merged in ((8, p8), (16, p16), (32, p32)):
         torch.testing.assert_close(levels[stride], refine(stride, merged), rtol=1e-5, atol=1e-5)
@@ -40,7 +40,7 @@ def test_three_levels_are_the_formula() -> None:
 @pytest.mark.parametrize("size", [(4, 8), (3, 5)])
 def test_coarser_scales_subsample_the_refined_coarsest_map(size: tuple[int, int]) -> None:
     pyramid = FeaturePyramid(scales=(16, 32, 64, 128), strides=(16, 32), channels=(3, 4), dim=5)
-    levels = pyramid(maps((3, 2 * size[0], 2 * size[1]), (4, *size)))
+    levels = pyramid.levels(maps((3, 2 * size[0], 2 * size[1]), (4, *size)))
     assert torch.equal(levels[64], levels[32][:, :, ::2, ::2])
     assert torch.equal(levels[128], levels[32][:, :, ::4, ::4])
 
@@ -56,6 +56,6 @@ def test_coarser_scales_have_no_parameters() -> None:
 def test_a_finer_level_sees_the_coarser_ones_and_not_the_other_way_round() -> None:
     pyramid = FeaturePyramid(scales=(16, 32), strides=(16, 32), channels=(3, 4), dim=5)
     fine, coarse = (m.requires_grad_() for m in maps((3, 4, 4), (4, 2, 2)))
-    levels = pyramid([fine, coarse])
+    levels = pyramid.levels([fine, coarse])
     assert torch.autograd.grad(levels[16].sum(), coarse, retain_graph=True)[0].abs().sum() > 0
     assert torch.autograd.grad(levels[32].sum(), fine, allow_unused=True)[0] is None

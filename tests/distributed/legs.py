@@ -1,0 +1,124 @@
+"""A rank that trains several legs of runs, one after another, and writes what each step received and gave.
+
+A leg is {"config": file, "until": step, "out": file, "dtype": "float32", "threshold": parameters below this size stay
+whole under ZeRO-3}. It opens the run as `msmil train` does (resuming if there is a checkpoint), trains to a step in
+the middle of an epoch or behind it, and saves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+from msmil.config_io import load_config
+from msmil.engine import runtime as runtime_module
+from msmil.engine.ddp import DdpEngine
+from msmil.engine.engines import Engine
+from msmil.engine.run import Run, open_run
+from msmil.engine.runtime import Runtime
+from msmil.engine.tracking import PhaseTimer
+from msmil.engine.train import after_step, open_stream, save, stepper_of_epoch
+from shards.types import Batch
+
+_CONFIG = runtime_module.deepspeed_config
+
+
+def main(file: str) -> None:
+    for leg in json.loads(Path(file).read_text()):
+        train_leg(leg)
+
+
+def train_leg(leg: dict[str, Any]) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for variable in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[variable]  # accelerate's notes of the engine before
+    runtime_module.deepspeed_config = lambda *a, **k: _with_threshold(_CONFIG(*a, **k), leg.get("threshold"))
+    config = load_config(leg["config"])
+    runtime = Runtime(config.train)
+    run = open_run(config, runtime)
+    dtype = getattr(torch, leg.get("dtype", "float32"))
+    if dtype == torch.float64:
+        run.network.double().backbone.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
+    told: dict[str, Any] = {"world": runtime.world, "start": run.state.step, "losses": [], "samples": []}
+    gradients: dict[str, torch.Tensor] = {}
+    while run.state.step < leg["until"]:
+        train_epoch_until(run, leg["until"], told, gradients)
+    save(run)
+    told["samples"] = [
+        sorted(sample for part in ranks for sample in part)
+        for ranks in zip(*runtime.gather(told["samples"]), strict=True)
+    ]
+    if runtime.is_main:
+        Path(leg["out"]).write_text(json.dumps(told))
+        torch.save(gradients, f"{leg['out']}.gradients")
+    if run.tracker is not None:
+        run.tracker.close()
+    run.folder.close()
+    runtime.barrier()
+
+
+def train_epoch_until(run: Run, until: int, told: dict[str, Any], gradients: dict[str, torch.Tensor]) -> None:
+    epoch, runtime = run.state.epoch, run.pipeline.runtime
+    run.stepper = stepper_of_epoch(run, epoch)
+    if not told["losses"]:
+        keep_gradients(run.stepper.engine, gradients)
+    batches = open_stream(run, epoch)
+    for index in range(run.state.batches_done, run.schedule.steps_per_epoch):
+        if run.state.step == until:
+            return
+        seen: list[tuple[int, str]] = []
+        report = run.stepper(
+            watched(batches, seen), epoch=epoch, step=run.state.step, timer=PhaseTimer(runtime.synchronize)
+        )
+        run.state = after_step(run, epoch, index)
+        told["losses"].append(report.losses["total"])
+        told["samples"].append(seen)
+    run.state = replace(run.state, epoch=epoch + 1, batches_done=0)
+
+
+def watched(batches: Iterator[Batch], seen: list[tuple[int, str]]) -> Iterator[Batch]:
+    """The batches that a step receives; row and pixels of each sample are written down."""
+    for batch in batches:
+        assert batch.image_B1HW is not None
+        for row, image_1HW, weight in zip(batch.sample_B.tolist(), batch.image_B1HW, batch.weight_B, strict=True):
+            if weight > 0:
+                seen.append((row, hashlib.sha256(image_1HW.numpy().tobytes()).hexdigest()[:16]))
+        yield batch
+
+
+def keep_gradients(engine: Engine, gradients: dict[str, torch.Tensor]) -> None:
+    """Look at the whole, averaged gradients in front of the first update."""
+    from deepspeed.utils import safe_get_full_grad
+
+    update = engine.update
+
+    def look(*arguments: Any, **more: Any) -> tuple[float, bool]:
+        if not gradients:
+            for name, parameter in engine.module.named_parameters():
+                plain = isinstance(engine, DdpEngine) or engine._stage == 0
+                if parameter.requires_grad:
+                    gradient = parameter.grad if plain else safe_get_full_grad(parameter)
+                    assert gradient is not None, name
+                    gradients[name] = gradient.clone()
+        return update(*arguments, **more)
+
+    engine.update = look  # type: ignore[method-assign]
+
+
+def _with_threshold(config: dict[str, Any], threshold: int | None) -> dict[str, Any]:
+    if threshold is not None:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    return config
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,80 @@
+"""Legs of small runs, trained in real worlds, and what they wrote down (tests.distributed.legs)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.experiments import write_tiny
+from tests.worlds import torchrun
+
+DEADLINE_S = 240
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    """Words of the train section."""
+    return {"engine": "deepspeed", "zero_stage": stage, **more}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a leg wrote: the losses of its steps, and (row, digest of the pixels) of the samples that each received."""
+
+    world: int
+    start: int
+    losses: list[float]
+    samples: list[list[list[Any]]]
+    gradients: dict[str, Tensor]
+
+
+class Runs:
+    """Runs in one folder, all of one small experiment: BatchNorm frozen, augmentation that changes pixels."""
+
+    def __init__(self, folder: Path, packed: Path) -> None:
+        self.folder, self.packed = folder, packed
+
+    def leg(self, name: str, until: int, *, run: str | None = None, **settings: Any) -> dict[str, Any]:
+        """A leg called `name` of the run `run` up to a step; train, model words and dtype, threshold as settings."""
+        folder = self.folder / name
+        folder.mkdir()
+        backbone = {"backbone_options": {"channels": [8, 8, 16, 16], "stem_width": 8, "zero_init_last": False}}
+        config = write_tiny(
+            folder,
+            self.packed,
+            name=run or name,
+            output_dir=str(self.folder / "runs"),
+            seed=5,  # no tensor's first gradient is so small that its own rounding is larger than the bounds
+            # contiguous: DeepSpeed's buffers are, and another memory format sums a convolution in another order
+            train={"epochs": 8, "batch_size": 6, "channels_last": False} | settings.get("train", {}),
+            loss={"instance_weight": 1.0, "composite_weight": 1.0},
+            model=backbone | settings.get("model", {}),
+            bags={"augment": {"rotation_deg": 5, "gain": 0.2, "noise_sd": 0.02}},
+        )
+        more = {key: settings[key] for key in ("dtype", "threshold") if key in settings}
+        return {"config": str(config), "until": until, "out": str(self._out(name)), **more}
+
+    def train(self, ranks: int, legs: Sequence[dict[str, Any]]) -> None:
+        """Train legs one after another in one world."""
+        file = self.folder / f"legs_{ranks}.json"
+        file.write_text(json.dumps(legs))
+        torchrun("tests.distributed.legs", [str(file)], ranks=ranks, deadline_s=DEADLINE_S)
+
+    def told(self, name: str) -> Told:
+        """What a leg wrote."""
+        gradients = torch.load(f"{self._out(name)}.gradients", weights_only=True)
+        return Told(gradients=gradients, **json.loads(self._out(name).read_text()))
+
+    def saved(self, run: str, step: int) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint: weights, moments, averaged weights."""
+        folder = self.folder / "runs" / run / "checkpoints" / f"step_{step:08d}"
+        return {f"{file.stem}/{key}": x for file in folder.glob("*.safetensors") for key, x in load_file(file).items()}
+
+    def _out(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
