@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -124,8 +124,7 @@ def validated_network(run: Run) -> MILModel:
     """
     assert run.stepper is not None
     if run.ema is not None:
-        averaged: MILModel = run.ema.module
-        return averaged
+        return cast(MILModel, run.ema.module)
     if not run.stepper.engine.divides_weights:
         return run.network
     weights = run.stepper.engine.weights()

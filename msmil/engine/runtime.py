@@ -135,6 +135,8 @@ def _with_ddp(config: TrainConfig, use_gpu: bool) -> Accelerator:
 def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
     """Precision is in DeepSpeed's own configuration; clipping is added when an optimizer is prepared."""
     _require_deepspeed()
+    # DeepSpeed calls collectives by names that torch is about to change
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     handlers = []
     if not use_gpu:
         if torch.cuda.is_available():

@@ -40,7 +40,7 @@ class ZeroEngine:
         self.divides_weights = stage == 3
         self._stage, self._accumulation = stage, accumulation
         self._base = optimizer
-        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # its buffers know no other
+        module.to(memory_format=torch.contiguous_format)  # its buffers know no other
         if stage == 0:
             load_optimizer_tensors(module, optimizer, moments)
         runtime.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = clip_grad_norm
