@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the report and say where it is."""
     from msmil.reporting.report import write_report
 
-    folders = list(dict.fromkeys(args.folders))
+    folders = list({folder.resolve(): folder for folder in args.folders}.values())
     output = args.output
     if output is None:
         if len(folders) > 1:

@@ -107,13 +107,18 @@ class RunFiles:
     @property
     def progress(self) -> str:
         """How far training got, in words."""
+        if not self.epochs_done:
+            return "unknown, there is no checkpoint in this folder"
+        batches = whole_at(self.state, "batches_done")
+        return f"{self.epochs_done} epochs" + (f" and {batches} steps of the next" if batches else "")
+
+    @property
+    def epochs_done(self) -> str:
+        """Epochs of all epochs, empty where no checkpoint tells: 3 of 8."""
         epoch, epochs = whole_at(self.state, "epoch"), whole_at(self.config, "train", "epochs")
         if epoch is None:
-            return "no checkpoint yet"
-        of = "" if epochs is None else f" of {epochs}"
-        batches = whole_at(self.state, "batches_done")
-        begun = f" and {batches} steps of the next" if batches else ""
-        return f"{epoch}{of} epochs{begun}"
+            return ""
+        return str(epoch) if epochs is None else f"{epoch} of {epochs}"
 
     @property
     def is_finished(self) -> bool | None:

@@ -61,7 +61,7 @@ def _warnings(runs: Sequence[RunFiles]) -> Markup:
 
 
 def _results(runs: Sequence[RunFiles], labels: Sequence[str], differing: Sequence[str]) -> Markup:
-    head = ["run", "trained", "checkpoint", "data", "images", "mean AUROC", *(f"AUROC, {words(one)}" for one in labels)]
+    head = ["run", "epochs", "checkpoint", "data", "images", "mean AUROC", *(f"AUROC, {words(one)}" for one in labels)]
     rows: list[list[object]] = []
     for run in runs:
         results = run.results
@@ -72,7 +72,9 @@ def _results(runs: Sequence[RunFiles], labels: Sequence[str], differing: Sequenc
         images = whole_at(results, "images")
         checkpoint = text_at(results, "checkpoint").removeprefix("step_").lstrip("0")
         told = [f"step {checkpoint}" if checkpoint else number(None), text_at(results, "data_fingerprint")[:8]]
-        rows.append([run.name, run.progress, *told, number(None) if images is None else images, *cells])
+        rows.append(
+            [run.name, run.epochs_done or number(None), *told, number(None) if images is None else images, *cells]
+        )
     if set(differing) <= _REPEATED and len(runs) > 1:
         rows.append(_mean_row(runs, labels))
     judged = next((run for run in runs if mapping_at(run.results, "labels")), None)

@@ -13,7 +13,8 @@ from msmil.reporting.trees import bounds_at, list_at, mapping_at, number_at, tex
 def glance(run: RunFiles) -> Markup:
     """A few facts, as far as they are known."""
     facts: dict[str, object] = {"Labels": ", ".join(map(words, run.labels)), "Model": _model(run)}
-    facts["Trained"] = run.progress + _trained_on(run)
+    facts["Trained on"] = _trained_on(run)
+    facts["Trained"] = run.progress
     if mapping_at(run.results, "labels"):
         images, patients = (whole_at(run.results, key) for key in ("images", "patients"))
         counts = f"{images} images of {patients} patients" if images and patients else "unknown images"
@@ -45,4 +46,4 @@ def _model(run: RunFiles) -> str:
 
 def _trained_on(run: RunFiles) -> str:
     images, patients = (whole_at(run.trained_on, "counts", key, "train") for key in ("images", "patients"))
-    return f", on {images} images of {patients} patients" if images and patients else ""
+    return f"{images} images of {patients} patients" if images and patients else ""

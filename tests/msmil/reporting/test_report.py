@@ -118,7 +118,7 @@ def test_the_numbers_of_images_are_lines_of_the_predictions(run: Path) -> None:
     [
         ({"evaluated": False}, "msmil evaluate"),
         ({"evaluated": False, "validated": False}, "There is no validation metric yet"),
-        ({"evaluated": False, "trained": False}, "no checkpoint yet"),
+        ({"evaluated": False, "trained": False}, "no checkpoint in this folder"),
         ({"trained": False}, "no TensorBoard events"),
         ({"gallery": False}, "no gallery"),
         ({"prevalence": 0.0}, "no positive image"),
