@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.docs.pages import ROOT
+from tests.worlds import run
 
 IMAGES = ROOT / "docs" / "images"
 
@@ -18,7 +18,8 @@ IMAGES = ROOT / "docs" / "images"
 @pytest.mark.slow
 def test_the_method_is_drawn_by_its_script(tmp_path: Path) -> None:
     out = tmp_path / "method.png"
-    subprocess.run([sys.executable, "docs/figures/method.py", str(out)], cwd=ROOT, check=True, timeout=60)
+    done = run([sys.executable, "docs/figures/method.py", str(out)], deadline_s=60)
+    assert done.returncode == 0, done.stderr
     drawn, stored = (np.asarray(Image.open(file).convert("RGB"), np.float32) for file in (out, IMAGES / "method.png"))
     assert drawn.shape == stored.shape
     # fonts differ a little between versions of matplotlib
