@@ -24,7 +24,7 @@ def one_rank_in_this_process() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
-        patches = [mock.patch(f"{name}.start_ranks", _start) for name in STARTERS]
+        patches = [mock.patch(f"{name}.start_ranks", alone) for name in STARTERS]
         try:
             for patch in patches:
                 patch.start()
@@ -36,7 +36,8 @@ def one_rank_in_this_process() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _start(module: str, arguments: Sequence[str], *, ranks: int, precision: str, log: Path) -> int:
+def alone(module: str, arguments: Sequence[str], **_: Any) -> int:
+    """What `start_ranks` does, with one rank, here."""
     _forget_world()
     code: int = importlib.import_module(module).rank_main(list(arguments))
     return code

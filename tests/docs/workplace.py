@@ -30,6 +30,7 @@ from launch import cli, demo
 from msmil.config_io import dump_config, load_config
 from tests.archives import GroupedArchive, make_grouped_archive, write_csv
 from tests.benchmarks import memory
+from tests.docs.alone import alone
 from tests.docs.pages import ROOT
 from tests.experiments import TINY
 from tests.msmil.models.published.test_convert import head_only, mammoclip
@@ -58,7 +59,8 @@ def _own_row(cells: dict[str, str]) -> dict[str, str]:
 
 
 def _write_small(name: str, folder: Path) -> None:
-    config = shrunk(name, Path("data/vindr/shards"), folder)
+    data = "demo" if Path(name).stem == "demo" else "vindr"
+    config = shrunk(name, Path(f"data/{data}/shards"), folder)
     features = "data/vindr/features" if config.data.features else ""
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +119,9 @@ def small_tiles(line: str) -> None:
 
 
 def small_demo(line: str) -> None:
-    """The Makefile's target is `msmil demo`, which is run on nine exams."""
+    """The Makefile's target is `msmil demo`, which is run on seven exams."""
     assert re.search(r"^demo: install\n\t\$\(BIN\)/msmil demo$", MAKEFILE, flags=re.MULTILINE)
-    with mock.patch.object(demo, "TRAINING_EXAMS", 6), mock.patch.object(demo, "TEST_EXAMS", 3):
+    with mock.patch.object(demo, "TRAINING_EXAMS", 5), mock.patch.object(demo, "TEST_EXAMS", 2):
         plain("msmil demo --ranks 1")
 
 
@@ -137,26 +139,39 @@ def activate(line: str) -> None:
 
 
 def by_launcher(line: str) -> None:
-    """Really, with two CPU ranks instead of four GPUs, and into a run folder of its own."""
-    words = shlex.split(re.sub(r"(--nproc_per_node|--num_processes) 4", r"\1 2", line))
-    module = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.launch"]}[words[0]]
-    rest = words[1:] if words[0] == "torchrun" else [*words[2:4], "--main_process_port", "0", *words[4:]]
+    """Read by the launcher's own parser, then one rank here; test_train_command.py starts both launchers for real."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        args = get_args_parser().parse_args(words[1:])
+        assert (args.nproc_per_node, args.standalone) == ("4", True)
+    else:
+        args = launch_command_parser().parse_args(words[2:])
+        assert (args.num_processes, args.multi_gpu) == (4, True)
+    assert (args.module, args.training_script) == (True, "launch.train")
     name = f"by_{words[0]}"
-    done = run([sys.executable, "-m", *module, *rest, f"name={name}"], deadline_s=120, cwd=Path.cwd())
-    assert done.returncode == 0, done.stderr
+    assert alone("launch.train", [*args.training_script_args, f"name={name}"]) == 0
     assert (Path("runs") / name / "checkpoints" / "latest").exists()
 
 
 _STAND_INS = {
     "scontrol": "echo 127.0.0.1",
-    "python": f'exec {sys.executable} "$@"',
-    "srun": "export SLURM_NTASKS=2\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i \"$@\" & pids+=($!); done\n"
+    # each task meets the others by these variables; the program itself runs in this process afterwards
+    "python": f"""exec {sys.executable} -c '
+import sys
+from accelerate import PartialState
+state = PartialState(cpu=True)
+state.wait_for_everyone()
+print(state.num_processes, state.process_index, *sys.argv[1:])' "$@" >> tasks.txt""",
+    "srun": 'export SLURM_NTASKS=2\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); done\n'
     'for pid in "${pids[@]}"; do wait "$pid" || exit 1; done',
-}  # fmt: skip
+}
 
 
 def on_a_stand_in_for_slurm(line: str) -> None:
-    """Both lines of the batch script, with srun starting two tasks on this machine."""
+    """Both lines of the batch script, with srun starting two tasks on this machine, which find each other."""
     if line.startswith("export"):
         Path("batch.sh").write_text(f"set -e\n{line}\n", encoding="utf-8")
         return
@@ -168,34 +183,31 @@ def on_a_stand_in_for_slurm(line: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = re.sub(r"\.yaml'$", ".yaml name=by_srun'", line)
     script = Path("batch.sh").read_text().replace("MASTER_PORT=29500", f"MASTER_PORT={port}") + line
     path = os.pathsep.join([str(folder), os.environ["PATH"]])
     done = run(["bash", "-c", script], deadline_s=120, cwd=Path.cwd(), PATH=path, SLURM_JOB_NODELIST="here")
     assert done.returncode == 0, done.stderr
-    assert "ranks: 2" in Path("runs/by_srun/environment.txt").read_text()
+    program = "-m launch.train configs/experiment/vindr_mass_fpn_abmil.yaml"
+    assert sorted(Path("tasks.txt").read_text().splitlines()) == [f"2 0 {program}", f"2 1 {program}"]
+    assert alone("launch.train", [program.split()[-1], "name=by_srun"]) == 0
 
 
 def watched(line: str) -> None:
     """Until it serves; then it is ended as Ctrl-C ends it."""
     words = [sys.executable, "-m", "launch.cli", *shlex.split(line)[1:]]
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True, bufsize=1)
-    assert process.stdout is not None
-    try:
-        os.set_blocking(process.stdout.fileno(), False)
-        said: list[str] = []
+    said = Path("watch.txt")
+    with said.open("w") as file, subprocess.Popen(words, env=environment(), stdout=file) as process:
+        try:
 
-        def serves() -> bool:
-            assert process.poll() is None, f"{line} ended with {process.returncode}"
-            said.append(process.stdout.read() or "")  # type: ignore[union-attr]
-            return "http://" in "".join(said)
+            def serves() -> bool:
+                assert process.poll() is None, f"{line} ended with {process.returncode}"
+                return "http://" in said.read_text()
 
-        wait_for(serves, deadline_s=60)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-        process.wait()
+            wait_for(serves, deadline_s=60)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 def parsed_alone(line: str) -> None:
