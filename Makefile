@@ -1,4 +1,5 @@
-# make demo: the main job on data it makes itself;  make test: lint, types and all tests. Both make the venv they need.
+# make demo: the main job on data it makes itself;  make test: lint, types and all tests;  make docs: the documentation, in
+# site/. All make the venv they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ STAMP := $(VENV)/.installed
 # in the order of the folders: the files with few, long tests come first, so that no core waits at the end
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint types install clean
+.PHONY: demo test test-fast lint types docs figures install clean
 
 demo: install
 	$(BIN)/msmil demo
@@ -24,6 +25,16 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# the theme's authors print a notice about its future unless they are asked not to; warnings of ours are errors
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# draws docs/images again; needs the two runs of docs/concepts.md
+figures: install
+	$(BIN)/python docs/figures/method.py
+	$(BIN)/python docs/figures/maps.py result runs/demo
+	$(BIN)/python docs/figures/maps.py compare runs/demo runs/demo_settrans
+
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -34,4 +45,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,20 +1,114 @@
-"""`python -m launch.reference`: the table of all options for the README, from the dataclasses' own docs."""
+"""The generated pages of the documentation: every option of an experiment, and every command.
+
+`python -m launch.reference` prints the options. The texts are the dataclasses' own docs and the commands' own help.
+"""
 
 from __future__ import annotations
 
-from msmil.config_io import reference
+import argparse
+import dataclasses
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Final, get_type_hints
 
-_PIPE = "\\|"  # a bare one would end the cell
+from msmil.config import Config
+from msmil.config_io import Option, reference
+
+_PIPE: Final = "\\|"  # a bare one would end the cell
+_USAGE_WIDTH: Final = 84
+_EVERY_OPTION: Final = "\n\noptions of an experiment"  # from here on `msmil train --help` repeats the other page
 
 
-def markdown() -> str:
-    """One table row per option: key, default, meaning."""
-    rows = ["| option | default | meaning |", "|---|---|---|"]
+def configuration_page() -> str:
+    """Markdown: a section per part of the configuration, with a table of its options."""
+    sections: dict[str, list[Option]] = {}
     for option in reference():
-        cells = (f"`{option.key}`", f"`{option.default}`", f"{option.doc} ({option.kind})")
-        rows.append(f"| {' | '.join(cell.replace('|', _PIPE) for cell in cells)} |")
-    return "\n".join(rows) + "\n"
+        sections.setdefault(option.key.rpartition(".")[0], []).append(option)
+    docs = dict(_section_docs(Config, ""))
+    lines = [
+        "# Configuration reference",
+        "",
+        "Every option of an experiment. Set it in the file or on the command line (`optim.lr=1e-4`); an unknown key, a",
+        "wrong type or a value out of range is one line with the fix. This page is made from the dataclasses of",
+        "`msmil/config.py`; `msmil train --help` prints the same.",
+    ]
+    for section, options in sections.items():
+        lines += ["", f"## {section or 'The experiment'}", "", docs[section], "", *_table(options)]
+    return "\n".join(lines) + "\n"
+
+
+def command_page() -> str:
+    """Markdown: a section per command with its usage, arguments and examples."""
+    from launch.cli import build_parser
+
+    parser = build_parser()
+    lines = ["# Command reference", "", str(parser.description), "", "This page is made from the commands' own help."]
+    for name, command in commands(parser).items():
+        usage = textwrap.fill(
+            _sentence(command.format_usage()).removeprefix("usage: "),
+            _USAGE_WIDTH,
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+        lines += ["", f"## msmil {name}", "", _sentence(command.description), "", "```text", usage, "```", ""]
+        lines += ["| argument | meaning |", "|---|---|"]
+        lines += [f"| {_cell(_argument(action))} | {_cell(_help(command, action))} |" for action in _shown(command)]
+        epilog = (command.epilog or "").partition(_EVERY_OPTION)[0].strip()
+        if epilog:
+            lines += ["", "```text", epilog, "```"]
+        if _EVERY_OPTION in (command.epilog or ""):
+            lines += ["", "Options `a.b=c` are those of the [configuration reference](configuration.md)."]
+    return "\n".join(lines) + "\n"
+
+
+def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands of `msmil` by name."""
+    (found,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def _table(options: list[Option]) -> list[str]:
+    rows = [(f"`{o.key}`", f"`{o.default}`", f"{o.doc} ({o.kind})") for o in options]
+    return ["| option | default | meaning |", "|---|---|---|", *(f"| {' | '.join(map(_cell, row))} |" for row in rows)]
+
+
+def _section_docs(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
+    """(dotted section, its dataclass's doc)."""
+    yield prefix.rstrip("."), str(kind.__doc__)
+    hints = get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _section_docs(hints[item.name], f"{prefix}{item.name}.")
+
+
+def _shown(command: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in command._actions if not isinstance(action, argparse._HelpAction)]
+
+
+def _argument(action: argparse.Action) -> str:
+    """As one types it: `--split {train,val,test}`, `CONFIG`."""
+    value = f"{{{','.join(map(str, action.choices))}}}" if action.choices is not None else action.metavar
+    if not action.option_strings:
+        return f"`{value or action.dest}`"
+    if action.nargs == 0:
+        return f"`{', '.join(action.option_strings)}`"
+    return f"`{', '.join(action.option_strings)} {value or action.dest.upper()}`"
+
+
+def _help(command: argparse.ArgumentParser, action: argparse.Action) -> str:
+    formatter = command._get_formatter()
+    return formatter._expand_help(action) if action.help else ""
+
+
+def _sentence(text: str | None) -> str:
+    return re.sub(r"\s+", " ", text or "").strip()
+
+
+def _cell(text: str) -> str:
+    return _sentence(text).replace("|", _PIPE)
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    print(configuration_page(), end="")

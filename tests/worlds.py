@@ -27,12 +27,14 @@ def environment(**more: str) -> dict[str, str]:
     return clean | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
 
-def run(command: Sequence[str], *, deadline_s: float, **more: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[str], *, deadline_s: float, cwd: Path = ROOT, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a session of its own; when the deadline passes, kill all of it and fail."""
     process = subprocess.Popen(
         command,
         env=environment(**more),
-        cwd=ROOT,
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
