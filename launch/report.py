@@ -28,7 +28,10 @@ def add_parser(commands: Commands) -> None:
         "folders", metavar="RUN", nargs="+", type=Path, help="run folder, for example runs/demo (required)"
     )
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help=f"file to write (default, for a single run: RUN/{_NAME})"
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help=f"file to write (default: RUN/{_NAME} of a single run; required for several)",
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="evaluated images (default: %(default)s)")
     parser.add_argument(

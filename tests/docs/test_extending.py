@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from msmil.engine.checkpoint import newest
+from msmil.engine.checkpoint_state import newest
 from shards.manifest import read_manifest
 from tests.archives import make_grouped_archive, write_csv
 from tests.docs.pages import ROOT, blocks, commands

@@ -119,9 +119,9 @@ def small_tiles(line: str) -> None:
 
 
 def small_demo(line: str) -> None:
-    """The Makefile's target is `msmil demo`, which is run on seven exams."""
+    """The Makefile's target is `msmil demo`, which is run on eight exams."""
     assert re.search(r"^demo: install\n\t\$\(BIN\)/msmil demo$", MAKEFILE, flags=re.MULTILINE)
-    with mock.patch.object(demo, "TRAINING_EXAMS", 5), mock.patch.object(demo, "TEST_EXAMS", 2):
+    with mock.patch.object(demo, "TRAINING_EXAMS", 6), mock.patch.object(demo, "TEST_EXAMS", 2):
         plain("msmil demo --ranks 1")
 
 
