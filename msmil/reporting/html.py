@@ -95,12 +95,12 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]], *, left: int
     """A table; the first `left` columns are flush left. On a narrow screen a row becomes a block of named values."""
     cells = [f"<th scope=col{_side(i, left)}>{esc(name)}</th>" for i, name in enumerate(head)]
     names = [html.escape(_TAG.sub("", str(name))) for name in head]
-    lines = [f'<table class="{html.escape(class_)}"><thead><tr>{"".join(cells)}</tr></thead><tbody>']
+    lines = [f'<div class="table"><table class="{html.escape(class_)}"><thead><tr>{"".join(cells)}</tr></thead><tbody>']
     for row in rows:
         first = f"<th scope=row{_side(0, left)}>{esc(row[0])}</th>"
         rest = [f'<td{_side(i, left)} data-name="{names[i]}">{_cell(cell)}</td>' for i, cell in enumerate(row) if i > 0]
         lines.append(f"<tr>{first}{''.join(rest)}</tr>")
-    return Markup("\n".join([*lines, "</tbody></table>"]))
+    return Markup("\n".join([*lines, "</tbody></table></div>"]))
 
 
 def _cell(cell: object) -> str:

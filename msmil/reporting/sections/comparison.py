@@ -78,7 +78,7 @@ def _results(runs: Sequence[RunFiles], labels: Sequence[str], differing: Sequenc
     if set(differing) <= _REPEATED and len(runs) > 1:
         rows.append(_mean_row(runs, labels))
     judged = next((run for run in runs if mapping_at(run.results, "labels")), None)
-    parts = [table(head, rows, left=4)]
+    parts = [table(head, rows, left=4, class_="runs")]
     if judged is not None:
         text = (
             f"Results on the {SPLIT_NAMES[judged.split]} split; brackets: {_coverage(runs)} from resampled patients of "
@@ -126,7 +126,7 @@ def _options(runs: Sequence[RunFiles], differing: Sequence[str]) -> Markup:
         rows = [[name, *(_short(one.get(key)) for one in flat)] for name, key in zip(names, shown, strict=True)]
         return table(["option", *(run.name for run in runs)], rows, class_="options")
     by_run = [[run.name, *(_short(one.get(key)) for key in shown)] for run, one in zip(runs, flat, strict=True)]
-    parts = [table(["run", *names], by_run)]
+    parts = [table(["run", *names], by_run, class_="runs options")]
     if len(differing) > len(shown):
         parts.append(missing(f"They also differ in {', '.join(differing[_OPTION_COLUMNS:])}."))
     return join(parts)

@@ -120,7 +120,7 @@ def _calibration(run: RunFiles) -> Markup:
     text = f"Calibration error: expected calibration error over {bins} bins of equal width; it has no interval, since "
     text += "resampling alone makes it larger. "
     if at(run.config, "loss", "pos_weight") not in ("none", None):
-        text += "Training weighted positive images (loss.pos_weight), which raises probabilities by design: they rank "
+        text += "Training weighted positive images (loss.pos_weight), which shifts probabilities by design: they rank "
         text += "images and are not to be read as risks."
     head = ["label", "Brier score", "calibration error"]
     return join([element("h4", "Calibration"), table(head, rows), paragraph(text, "small")])

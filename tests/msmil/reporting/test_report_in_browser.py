@@ -33,6 +33,24 @@ def resize(page: webdriver.Chrome, width_px: int) -> None:
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
+def beyond(page: webdriver.Chrome) -> list[str]:
+    """What a reader would have to scroll to, sideways, within the page or one of its tables."""
+    outside = "e => e.getBoundingClientRect().right > innerWidth + 1"
+    found: list[str] = page.execute_script(
+        f"return [...document.querySelectorAll('main *')].filter({outside}).map(e => e.textContent)"
+    )
+    return found
+
+
+def smaller_than(page: webdriver.Chrome, size_px: int) -> list[str]:
+    """Text of the page in letters smaller than this."""
+    small = f"e => parseFloat(getComputedStyle(e).fontSize) < {size_px}"
+    found: list[str] = page.execute_script(
+        f"return [...document.querySelectorAll('p, td, th, li, dd, .ci')].filter({small}).map(e => e.textContent)"
+    )
+    return found
+
+
 def test_it_is_whole_and_readable(pages: list[Path]) -> None:
     with browser(1280) as page:
         for file in pages:
@@ -40,12 +58,8 @@ def test_it_is_whole_and_readable(pages: list[Path]) -> None:
             page.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true; })")
             for width_px in (1280, 400):
                 resize(page, width_px)
-                assert overflow_px(page) == 0
+                assert (overflow_px(page), beyond(page), smaller_than(page, 11)) == (0, [], [])
                 assert broken_images(page) == []
-                # text of 12 px and more, but for the small print below pictures
-                small = "return [...document.querySelectorAll('p, td, th, li, dd, figcaption, .ci')].filter("
-                small += "e => parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.textContent)"
-                assert page.execute_script(small) == []
             loaded = page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
             assert [name for name in loaded if not name.startswith("data:")] == []
         assert console_errors(page) == []
