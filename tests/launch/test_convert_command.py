@@ -69,6 +69,7 @@ def test_a_head_beside_its_encoder(tmp_path: Path, capsys: pytest.CaptureFixture
     assert config.data.labels == ("Suspicious_Calcification",)
     assert (config.bags.instances, config.bags.tile_size_px, config.bags.tile_overlap) == ("tiles", 512, 0)
     assert config.model.inducing_points == (38, 32, 20)
+    assert config.train.precision == "fp32", "bf16 would give other digits than the published ones"
     with torch.device("meta"):
         network = build_network(config, (1520, 912), pretrained=False)
     shapes = {key: value.shape for key, value in network.state_dict().items()}

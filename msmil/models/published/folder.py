@@ -27,7 +27,8 @@ def convert_to_folder(
         source, encoder: as `convert`.
         folder: is made; must not exist, or be empty.
         config: sections of an experiment for its config.yaml. Words of `model` are held against the keys; images have
-            one channel unless model.in_channels says 3. A whole model needs data.labels: no file says what it was
+            one channel unless model.in_channels says 3, and evaluation is in fp32 unless train.precision says another:
+            only so the outputs are the published ones. A whole model needs data.labels: no file says what it was
             trained on, and the wrong label would give wrong numbers.
 
     Raises:
@@ -56,13 +57,14 @@ def _experiment(converted: Converted, folder: Path, tree: dict[str, Any]) -> Con
     """The configuration beside the weights: the model's, the published bags, and what the user says."""
     model = dataclasses.asdict(converted.model)
     bags = {**PUBLISHED_BAGS, **tree.get("bags", {})}
+    train = {"precision": "fp32", **tree.get("train", {})}
     data = dict(tree.get("data", {}))
     if converted.network is not None and "labels" not in data:
         fix = "name what it was trained on, in the order of the outputs, for example data.labels=[Mass]"
         thing = f"names no labels for its outputs ({converted.network.num_labels})"
         raise UserError(thing, file=converted.report.source, fix=fix)
     place = {"name": folder.resolve().name, "output_dir": str(folder.parent)}
-    config = config_from_dict({**place, **tree, "model": model, "bags": bags, "data": data})
+    config = config_from_dict({**place, **tree, "model": model, "bags": bags, "data": data, "train": train})
     if converted.network is not None and len(config.data.labels) != converted.network.num_labels:
         thing = f"has {converted.network.num_labels} labels, data.labels names {list(config.data.labels)}"
         raise UserError(thing, file=converted.report.source, fix="name one label per output")
