@@ -89,7 +89,9 @@ def _shown(command: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def _argument(action: argparse.Action) -> str:
     """As one types it: `--split {train,val,test}`, `CONFIG`."""
-    value = f"{{{','.join(map(str, action.choices))}}}" if action.choices is not None else action.metavar
+    value = action.metavar
+    if value is None and action.choices is not None:
+        value = f"{{{','.join(map(str, action.choices))}}}"
     if not action.option_strings:
         return f"`{value or action.dest}`"
     if action.nargs == 0:

@@ -1,6 +1,7 @@
 """Figures of heat-maps from run folders, as an evaluation draws them; only phantoms belong into the documentation.
 
-    python docs/figures/maps.py result runs/demo                    # docs/images/result.jpg
+    python docs/figures/maps.py result runs/demo                      # docs/images/result.jpg
+    python docs/figures/maps.py encoder runs/demo --out weights/demo  # its backbone, for another model to start from
     python docs/figures/maps.py compare runs/demo runs/demo_settrans  # docs/images/abmil_settrans.jpg
 
 A run is one that `msmil evaluate` has judged on its test split. Start it where `data.shards` of the runs is found.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from msmil.config_io import load_config
 from msmil.detection.breast import breast_masks
@@ -33,6 +36,7 @@ from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.evaluation.predictions import read_predictions
 from msmil.models.centres import cell_centres
+from msmil.models.weights import WEIGHTS_FILE
 from msmil.reporting.figures import MapRow
 
 IMAGES = Path(__file__).parents[1] / "images"
@@ -78,6 +82,15 @@ def open_run(folder: Path) -> Judged:
     config = load_config(run.config)
     found = find_checkpoint(run, "best", other_data=False)
     return Judged(folder, open_evaluation(config, run, Runtime(config.train), found, other_data=False))
+
+
+def write_encoder(run: Path, out: Path) -> None:
+    """The backbone of a run's best checkpoint, as a folder for `model.weights`."""
+    checkpoint = find_checkpoint(RunFolder(run), "best", other_data=False)
+    weights = load_file(checkpoint / WEIGHTS_FILE)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({key: value for key, value in weights.items() if key.startswith("backbone.")}, out / WEIGHTS_FILE)
+    shutil.copy(checkpoint / "config.yaml", out)
 
 
 def positives(run: Judged, label: str) -> list[str]:
@@ -203,11 +216,14 @@ def write(whole: Image.Image, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, open the runs, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("result", "compare"))
+    parser.add_argument("what", choices=("result", "encoder", "compare"))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--names", nargs=2, default=("FPN-AbMIL", "FPN-SetTrans"), help="of the compared runs")
-    parser.add_argument("--out", type=Path, help="JPEG to write (default: in docs/images)")
+    parser.add_argument("--out", type=Path, help="JPEG (default: in docs/images), or folder, to write")
     args = parser.parse_args(argv)
+    if args.what == "encoder":
+        write_encoder(args.runs[0], args.out or Path("weights") / args.runs[0].name)
+        return
     runs = [open_run(folder) for folder in args.runs]
     if args.what == "result":
         result(runs[0], args.out or IMAGES / "result.jpg")

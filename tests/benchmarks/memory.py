@@ -56,7 +56,6 @@ ROWS: Final = (
     Row("the same, gradient checkpointing", _ABMIL, "all", checkpointing=True),
     Row("the same, tiles of 512", _ABMIL, "all", instances="tiles"),
     Row("FPN-SetTrans, last 8 blocks train (its recipe)", _SETTRANS),
-    Row("FPN-SetTrans, all blocks train", _SETTRANS, "all"),
     Row("all ten labels, all blocks train (its recipe)", "vindr_multilabel", "all"),
     Row("FPN-AbMIL from stored features", f"{_ABMIL}_offline", 0, instances="tiles", from_features=True),
 )

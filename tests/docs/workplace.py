@@ -114,6 +114,7 @@ def small_tiles(line: str) -> None:
     assert config.bags.tile_size_px == 512
     small = replace(config, bags=replace(config.bags, tile_size_px=128))
     small = replace(small, evaluate=replace(small.evaluate, bootstrap_replicates=REPLICATES))
+    small = replace(small, data=replace(small.data, workers=0))
     (Path(shlex.split(line)[2]) / "config.yaml").write_text(dump_config(small), encoding="utf-8")
     plain(line)
 
@@ -156,15 +157,18 @@ def by_launcher(line: str) -> None:
     assert (Path("runs") / name / "checkpoints" / "latest").exists()
 
 
-_STAND_INS = {
-    "scontrol": "echo 127.0.0.1",
-    # each task meets the others by these variables; the program itself runs in this process afterwards
-    "python": f"""exec {sys.executable} -c '
+# each task meets the others by these variables; the program itself runs in this process afterwards
+_TASK = """
 import sys
 from accelerate import PartialState
 state = PartialState(cpu=True)
 state.wait_for_everyone()
-print(state.num_processes, state.process_index, *sys.argv[1:])' "$@" >> tasks.txt""",
+words = map(str, [state.num_processes, state.process_index, *sys.argv[1:]])
+sys.stdout.write(" ".join(words) + chr(10))
+"""
+_STAND_INS = {
+    "scontrol": "echo 127.0.0.1",
+    "python": f'exec {sys.executable} -c {shlex.quote(_TASK)} "$@" >> tasks.txt',
     "srun": 'export SLURM_NTASKS=2\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); done\n'
     'for pid in "${pids[@]}"; do wait "$pid" || exit 1; done',
 }
