@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed that contradict each other, or that it cannot do exactly, are refused before anything starts."""
+"""DeepSpeed settings that contradict each other, or that it cannot do exactly, are refused before anything starts."""
 
 from __future__ import annotations
 
