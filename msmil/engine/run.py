@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ from msmil.engine.engines import Engine
 from msmil.engine.losses import BagLoss, auto_pos_weight
 from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
+from msmil.engine.preemption import StopRequest
 from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.seeding import seed_everything
@@ -52,6 +53,7 @@ class Run:
     loss_scale: dict[str, Any] | None
     tracker: Tracker | None
     stepper: Stepper | None = None
+    request: StopRequest = field(default_factory=StopRequest)
     whole: MILModel | None = None  # see validated_network
 
 
