@@ -62,13 +62,17 @@ def start(
     """Check what can be checked, start the ranks (None: one per GPU) and return their exit code."""
     config = _config(folder, shards, features)
     ranks = default_ranks() if ranks is None else ranks
-    from msmil.engine.data import open_data
+    from msmil.engine.checkpoint_state import read_state
+    from msmil.engine.data import check_trained_on, open_data
     from msmil.engine.evaluate import find_checkpoint
     from msmil.engine.features import open_features
     from msmil.engine.run_folder import RunFolder
 
-    find_checkpoint(RunFolder(folder), checkpoint, other_data=shards is not None)
-    open_features(config, open_data(config))
+    found = find_checkpoint(RunFolder(folder), checkpoint, other_data=shards is not None)
+    manifest = open_data(config)
+    if shards is None:
+        check_trained_on(found, read_state(found)[0], manifest)
+    open_features(config, manifest)
     log = RunFolder(folder).log
     arguments = [folder, "--split", split, "--checkpoint", checkpoint]
     if shards is not None:

@@ -22,6 +22,8 @@ EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 _FAILURE_FILE = "MSMIL_FAILURE_FILE"
 _FAILURE_NAME = "failure.txt"
+_STOPPED = "stopped.txt"
+_PID = ".pid"
 _PEER_IS_GONE = ("closed by peer", "reset by peer", "broken pipe", "connection was closed", "remote process exited")
 _PEER_WAIT_S = 10.0
 _AGAIN = "the same command again goes on where it stopped"
@@ -59,7 +61,8 @@ def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision:
         layout.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n", encoding="utf-8")
         options += ["--config_file", str(layout)]
         try:
-            launch_command(launch_command_parser().parse_args([*options, "--module", module, *arguments]))
+            with _forwarding(folder):
+                launch_command(launch_command_parser().parse_args([*options, "--module", module, *arguments]))
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
             return _explain(folder, log, f"rank {rank} (pid {first.pid})", first.exitcode)
@@ -75,10 +78,20 @@ def rank_program(body: Callable[[], None]) -> int:
 
     Under start_ranks the line goes to the parent, which prints it once for all ranks.
     """
+    from msmil.engine.preemption import Stopped
+
+    file = os.environ.get(_FAILURE_FILE)
+    if file is not None:
+        (Path(file).parent / f"{os.getpid()}{_PID}").touch()
     try:
         body()
+    except Stopped as stopped:
+        if file is None:
+            print(f"msmil: {stopped}; {_AGAIN}", file=sys.stderr)
+        else:
+            (Path(file).parent / _STOPPED).write_text(f"{stopped.signum} {stopped}\n", encoding="utf-8")
+        return 128 + stopped.signum
     except UserError as error:
-        file = os.environ.get(_FAILURE_FILE)
         if file is None:
             print_error(str(error))
         else:
@@ -95,6 +108,26 @@ def rank_program(body: Callable[[], None]) -> int:
         print("msmil: this rank lost another one", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+@contextmanager
+def _forwarding(folder: Path) -> Iterator[None]:
+    """Hand signals on to the ranks, which live in sessions of their own.
+
+    With several ranks the launcher takes SIGTERM over, and Ctrl-C: it sends SIGTERM on, and kills half a minute later.
+    """
+
+    def forward(signum: int, _: object) -> None:
+        for file in folder.glob(f"*{_PID}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.name.removesuffix(_PID)), signum)
+
+    before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _threads(ranks: int) -> int:
@@ -126,11 +159,16 @@ def _environment(module: str, arguments: Sequence[str]) -> Iterator[Path]:
 
 def _explain(folder: Path, log: Path, who: str, code: int) -> int:
     """Print why it ended, add it to the log, and return the exit code."""
-    failure = folder / _FAILURE_NAME
+    failure, stopped = folder / _FAILURE_NAME, folder / _STOPPED
     if failure.exists():
         reason = failure.read_text(encoding="utf-8").splitlines()[0]
         print_error(reason)
         text, code = f"msmil: error: {reason}", EXIT_USER
+    elif stopped.exists():
+        signum, _, words = stopped.read_text(encoding="utf-8").strip().partition(" ")
+        text = f"msmil: {words}; {_AGAIN}"
+        print(text, file=sys.stderr)
+        code = 128 + (-code if code < 0 else int(signum))  # Ctrl-C reaches the ranks as the launcher's SIGTERM
     elif code < 0:
         text = f"msmil: {who} was killed by {signal.Signals(-code).name}; {_AGAIN}"
         print(text, file=sys.stderr)

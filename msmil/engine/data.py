@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from msmil.config import Config
+from msmil.types import TrainState
 from shards.errors import UserError
 from shards.folds import with_fold
 from shards.manifest import Manifest, check_shards, read_manifest
@@ -26,3 +29,16 @@ def open_data(config: Config) -> Manifest:
     return with_fold(
         manifest, folds=data.folds, fold=data.fold, seed=data.fold_seed, labels=data.labels, rule=data.fold_rule
     )
+
+
+def check_trained_on(checkpoint: Path, state: TrainState, manifest: Manifest) -> None:
+    """Refuse to go on with other images than those a checkpoint was trained on.
+
+    Raises:
+        UserError: with both fingerprints.
+    """
+    before, now = state.data_fingerprint, manifest.fingerprint
+    if before != now:
+        thing = f"was trained on data with fingerprint {before[:12]}, {manifest.directory} has {now[:12]}"
+        fix = "give the shards it was trained on; to train on others choose another name, to judge others use --shards"
+        raise UserError(thing, file=checkpoint, fix=fix)

@@ -15,11 +15,11 @@ from msmil.detection.heatmap import map_names, maps
 from msmil.detection.localisation import PeakHits
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint
 from msmil.engine.checkpoint_state import newest, pointed
+from msmil.engine.data import check_trained_on
 from msmil.engine.data_summary import describe_data
 from msmil.engine.pictures import Showing, write_pictures
 from msmil.engine.pipeline import Pipeline, build_network, open_pipeline, with_encoder_of
 from msmil.engine.predict import forward_batches, predict
-from msmil.engine.run import check_data
 from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import log, open_log
@@ -140,7 +140,7 @@ def open_evaluation(
         return _open_converted(pipeline, folder, network)
     saved = load_checkpoint(checkpoint)
     if not other_data:
-        check_data(saved, pipeline)
+        check_trained_on(checkpoint, saved.state, pipeline.manifest)
     try:
         network.load_state_dict(evaluated_weights(saved))
     except RuntimeError as error:

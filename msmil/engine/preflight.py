@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from msmil.config import Config
-from msmil.engine.checkpoint_state import newest
-from msmil.engine.data import open_data
+from msmil.engine.checkpoint_state import newest, read_state
+from msmil.engine.data import check_trained_on, open_data
 from msmil.engine.environment import refuse_environment
 from msmil.engine.features import choose_levels, open_features
 from msmil.engine.pipeline import build_network
@@ -46,7 +46,10 @@ def check_experiment(config: Config, world: int) -> Manifest:
         set_gradient_checkpointing(network)
     folder = RunFolder(Path(config.output_dir) / config.name)
     folder.check(config)
-    if config.model.weights and newest(folder.checkpoints) is None:
+    trained = newest(folder.checkpoints)
+    if trained is not None:
+        check_trained_on(trained, read_state(trained)[0], manifest)
+    elif config.model.weights:
         check_weights(config.model, network)
     _check_space(config, folder, sum(p.numel() * p.element_size() for p in network.parameters()))
     return manifest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -15,14 +15,16 @@ from msmil.config import Config
 from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
 from msmil.engine.board import has_maps, start_of_run
-from msmil.engine.checkpoint import Checkpoint, load_checkpoint
+from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest
+from msmil.engine.data import check_trained_on
 from msmil.engine.data_summary import describe_data
 from msmil.engine.ddp import DdpEngine
 from msmil.engine.engines import Engine
 from msmil.engine.losses import BagLoss, auto_pos_weight
 from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
+from msmil.engine.preemption import StopRequest
 from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.seeding import seed_everything
@@ -51,6 +53,7 @@ class Run:
     loss_scale: dict[str, Any] | None
     tracker: Tracker | None
     stepper: Stepper | None = None
+    request: StopRequest = field(default_factory=StopRequest)
     whole: MILModel | None = None  # see validated_network
 
 
@@ -192,7 +195,7 @@ def resume(run: Run) -> None:
     if folder is None:
         return
     checkpoint = load_checkpoint(folder)
-    check_data(checkpoint, run.pipeline)
+    check_trained_on(folder, checkpoint.state, run.pipeline.manifest)
     run.network.load_state_dict(checkpoint.model)
     if run.ema is not None:
         if checkpoint.ema is None:
@@ -200,12 +203,3 @@ def resume(run: Run) -> None:
         run.ema.load_state_dict(checkpoint.ema)
     run.moments, run.loss_scale, run.state = checkpoint.optimizer, checkpoint.loss_scale, checkpoint.state
     log.info("resuming from %s (epoch %d, step %d)", folder, run.state.epoch, run.state.step)
-
-
-def check_data(checkpoint: Checkpoint, pipeline: Pipeline) -> None:
-    """Refuse to go on with other images than those the checkpoint was trained on."""
-    before, now = checkpoint.state.data_fingerprint, pipeline.manifest.fingerprint
-    if before != now:
-        thing = f"was trained on data with fingerprint {before[:12]}, {pipeline.manifest.directory} has {now[:12]}"
-        fix = "give the shards it was trained on; to train on others choose another name, to judge others use --shards"
-        raise UserError(thing, file=checkpoint.folder, fix=fix)

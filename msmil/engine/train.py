@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, NoReturn
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from msmil.config_io import dump_config
 from msmil.engine.board import end_of_run, rank_scalars, show_validation
 from msmil.engine.checkpoint import point, prune, save_checkpoint
 from msmil.engine.predict import predict_with_losses
+from msmil.engine.preemption import Stopped
 from msmil.engine.run import Run, bare_again, open_run, validated_network
 from msmil.engine.runtime import Runtime
 from msmil.engine.step import Blocks, Stepper, StepReport
@@ -32,8 +33,10 @@ def train(config: Config, runtime: Runtime) -> TrainState:
 
     Raises:
         UserError: the configuration, the data or the folder do not allow it; a loss that is not finite.
+        Stopped: a signal asked a rank to stop; all have stopped behind the same step, and the state is saved.
     """
     run = open_run(config, runtime)
+    run.request.watch()
     if run.state.epoch >= config.train.epochs:
         log.info("already trained to the last epoch; more: another name, with more train.epochs")
     try:
@@ -47,6 +50,7 @@ def train(config: Config, runtime: Runtime) -> TrainState:
         if run.tracker is not None:
             run.tracker.add(end_of_run(), run.state.step)
     finally:
+        run.request.restore()
         if run.tracker is not None:
             run.tracker.close()
         run.folder.close()
@@ -78,6 +82,7 @@ def stepper_of_epoch(run: Run, epoch: int) -> Stepper:
         blocks=blocks,
         moments=run.moments,
         loss_scale=run.loss_scale,
+        request=run.request,
     )
     trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
     log.info("epoch %d: %s of the backbone's blocks train, %.3f M parameters in all", epoch, blocks, trained / 1e6)
@@ -106,6 +111,8 @@ def train_epoch(run: Run, epoch: int) -> None:
                 elapsed_s, done = time.perf_counter() - shown_s, run.state.step - shown_step
                 track_step(run, report, timer, done * config.train.batch_size / elapsed_s)
                 shown_s, shown_step = time.perf_counter(), run.state.step
+        if report.stop:
+            stop(run)
         last = batch_index + 1 == run.schedule.steps_per_epoch  # the end of an epoch is saved once it is validated
         if config.checkpoint.every_steps and run.state.step % config.checkpoint.every_steps == 0 and not last:
             save(run)
@@ -208,6 +215,14 @@ def validation_scalars(
                 if (value := found[metric]) is not None:
                     values[f"val/{metric}/{name}"] = value
     return values
+
+
+def stop(run: Run) -> NoReturn:
+    """Save, and end as all ranks have agreed to."""
+    save(run)
+    stopped = Stopped(max(run.pipeline.runtime.gather(run.request.signum)), run.state.step)
+    log.info("a signal asks to stop: all is saved")
+    raise stopped
 
 
 def save(run: Run) -> None:

@@ -49,15 +49,24 @@ def test_another_configuration_is_refused_with_both_values(tmp_path: Path) -> No
     folder = trained(tmp_path, Config())
     folder.config.unlink()  # the checkpoint's own copy decides
     with pytest.raises(UserError) as error:
-        folder.check(config_from_dict({"optim": {"lr": 0.5}, "model": {"fpn_dim": 8}}))
-    assert "optim.lr is 5e-05 there and 0.5 now" in str(error.value)
+        folder.check(config_from_dict({"optim": {"beta1": 0.5}, "model": {"fpn_dim": 8}}))
+    assert "optim.beta1 is 0.9 there and 0.5 now" in str(error.value)
     assert "model.fpn_dim is 256 there and 8 now" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "tree", [{"data": {"workers": 7}}, {"tracking": {"every_steps": 1}}, {"data": {"shards": "elsewhere"}}, {}]
+    "tree",
+    [
+        {"data": {"workers": 7}},
+        {"tracking": {"every_steps": 1}},
+        {"data": {"shards": "elsewhere"}},
+        {"optim": {"lr": 0.5}},
+        {"train": {"engine": "deepspeed", "zero_stage": 3, "accumulation": 2}},
+    ],
 )
-def test_what_moves_no_weight_may_change(tmp_path: Path, tree: dict[str, object]) -> None:
+def test_the_learning_rate_how_steps_are_computed_and_what_moves_no_weight_may_change(
+    tmp_path: Path, tree: dict[str, object]
+) -> None:
     trained(tmp_path, Config()).check(config_from_dict(tree))
 
 
