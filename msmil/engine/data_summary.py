@@ -13,7 +13,9 @@ from shards.types import SPLITS
 
 
 def describe_data(manifest: Manifest, labels: Sequence[str]) -> dict[str, Any]:
-    """Name, images, recipe and fingerprint of the data, and the counts of each split as this run divides them.
+    """Name, images, recipe and fingerprints of the data, and the counts of each split as this run divides them.
+
+    The fingerprint is that of the images and their splits, the packed one that of the folder, whatever fold is used.
 
     Args:
         manifest: of the data, with the run's fold in place.
@@ -24,6 +26,7 @@ def describe_data(manifest: Manifest, labels: Sequence[str]) -> dict[str, Any]:
     return {
         "name": header.name,
         "fingerprint": manifest.fingerprint,
+        "packed_fingerprint": header.fingerprint,
         "height_px": header.height_px,
         "width_px": header.width_px,
         "dtype": header.dtype,

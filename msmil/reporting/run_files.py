@@ -57,6 +57,12 @@ class RunFiles:
         same = at(self.results, "other_data_than_trained_on") is False
         return self.data or (mapping_at(self.results, "data") if same else {})
 
+    @property
+    def judged_images(self) -> str:
+        """A digest that runs judged on the same images share: all folds of one folder have the same test images."""
+        packed = text_at(self.results, "data", "packed_fingerprint")
+        return packed if packed and self.split == "test" else text_at(self.results, "data_fingerprint")
+
     @cached_property
     def predictions(self) -> list[Prediction]:
         """Of the split, where they are those that the metrics were computed from; empty otherwise."""

@@ -67,6 +67,8 @@ def test_ranks_hear_of_it(command: str, tmp_path: Path, packed: Path, monkeypatc
     monkeypatch.setattr(module, "start_ranks", lambda _, arguments, **__: handed_on.extend(arguments) or 0)
     monkeypatch.setattr("msmil.engine.preflight.check_experiment", lambda *_: None)
     monkeypatch.setattr("msmil.engine.evaluate.find_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr("msmil.engine.checkpoint_state.read_state", lambda _: (None, None))
+    monkeypatch.setattr("msmil.engine.data.check_trained_on", lambda *_: None)
     file = write_tiny(tmp_path, packed)
     (tmp_path / "config.yaml").write_text(file.read_text())
     more = {"train": [str(file)], "evaluate": [str(tmp_path), "--json"], "extract": [str(file), "OUT"]}[command]

@@ -21,7 +21,7 @@ from msmil.config_io import load_config
 from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest
 from msmil.engine.pipeline import open_pipeline
-from msmil.engine.run import check_data
+from msmil.engine.data import check_trained_on, open_data
 from msmil.engine.runtime import Runtime
 from shards.errors import UserError
 from shards.manifest import read_manifest
@@ -140,10 +140,10 @@ def test_a_checkpoint_knows_its_fold_even_where_config_yaml_was_edited(repeated:
     config = load_config(repeated / "fold_1" / "config.yaml")
     checkpoint = load_checkpoint(newest(repeated / "fold_1" / "checkpoints") or Path())
     runtime = Runtime(config.train)
-    check_data(checkpoint, open_pipeline(config, runtime))
+    check_trained_on(checkpoint.folder, checkpoint.state, open_data(config))
     other = replace(config, data=replace(config.data, fold=0))
     with pytest.raises(UserError, match="was trained on data with fingerprint"):
-        check_data(checkpoint, open_pipeline(other, runtime))
+        check_trained_on(checkpoint.folder, checkpoint.state, open_data(other))
 
 
 def test_repeated_runs_have_seeds_of_their_own_and_the_same_data(tmp_path: Path, packed: Path) -> None:

@@ -11,10 +11,11 @@ from msmil.evaluation.bootstrap import PatientBootstrap
 from msmil.evaluation.classification import rank
 from msmil.evaluation.results import columns, number
 from msmil.reporting.figures import Series, intervals, lines
+from msmil.reporting.figures.style import words
 from msmil.reporting.html import Budget, Markup, Section, element, esc, figures, join, missing, paragraph, table
 from msmil.reporting.html import with_bounds as bounds
 from msmil.reporting.run_files import RunFiles
-from msmil.reporting.sections.results import SPLIT_NAMES, confidence, words
+from msmil.reporting.sections.results import SPLIT_NAMES, confidence
 from msmil.reporting.trees import bounds_at, mapping_at, number_at, text_at, whole_at
 
 _LABEL_COLUMNS: Final = 6
@@ -52,8 +53,9 @@ def _warnings(runs: Sequence[RunFiles]) -> Markup:
         names = ", ".join(run.name for run in runs if run not in judged)
         split = judged[0].split if judged else runs[0].split
         texts.append(f"Not evaluated on the {SPLIT_NAMES[split]} split: {names}.")
-    if len({text_at(run.results, "data_fingerprint") for run in judged}) > 1:
-        texts.append("The runs were judged on different data (see the column data): their numbers cannot be compared.")
+    if len({run.judged_images for run in judged}) > 1:
+        text = "The fingerprints of the data they were judged on differ (see the column data): compare only runs that "
+        texts.append(text + "were judged on the same images.")
     unfinished = [run.name for run in runs if run.is_finished is False]
     if unfinished:
         texts.append(f"Training is not finished: {', '.join(unfinished)}.")
@@ -71,7 +73,7 @@ def _results(runs: Sequence[RunFiles], labels: Sequence[str], differing: Sequenc
             cells.append(bounds(branch["auroc"], branch["auroc_ci"]))
         images = whole_at(results, "images")
         checkpoint = text_at(results, "checkpoint").removeprefix("step_").lstrip("0")
-        told = [f"step {checkpoint}" if checkpoint else number(None), text_at(results, "data_fingerprint")[:8]]
+        told = [f"step {checkpoint}" if checkpoint else number(None), run.judged_images[:8]]
         rows.append(
             [run.name, run.epochs_done or number(None), *told, number(None) if images is None else images, *cells]
         )

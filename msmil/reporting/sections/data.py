@@ -9,6 +9,7 @@ import yaml
 
 from msmil.config_io import flatten, reference
 from msmil.evaluation.results import number
+from msmil.reporting.figures.style import words
 from msmil.reporting.html import Markup, Section, details, element, join, missing, paragraph, table
 from msmil.reporting.run_files import RunFiles, last_start
 from msmil.reporting.trees import at, list_at, mapping_at, text_at, whole_at
@@ -47,7 +48,7 @@ def _counts(data: Mapping[str, Any], labels: list[str]) -> Markup:
     for what in ("images", "exams", "patients"):
         rows.append([what, *(_count(counts, what, split) for split in SPLITS)])
     for label in labels:
-        name = label.replace("_", " ")
+        name = words(label)
         rows.append([f"{name}: positive images", *(_positives(counts, label, split) for split in SPLITS)])
         if any(whole_at(counts, "unknown", label, split) for split in SPLITS):
             rows.append([f"{name}: unknown", *(_count(counts, "unknown", label, split) for split in SPLITS)])

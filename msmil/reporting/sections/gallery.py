@@ -7,10 +7,11 @@ from typing import Any, Final
 
 from msmil.evaluation.results import number
 from msmil.reporting.figures.maps import legend_picture
+from msmil.reporting.figures.style import words
 from msmil.reporting.gallery import KINDS, Gallery
 from msmil.reporting.html import Budget, Markup, Section, element, join, missing, paragraph, picture
 from msmil.reporting.run_files import RunFiles
-from msmil.reporting.sections.results import command, map_words, words
+from msmil.reporting.sections.results import command, map_words, not_evaluated
 from msmil.reporting.trees import at, bounds_at, list_at, mapping_at, number_at, text_at, whole_at
 
 KIND_NAMES: Final = {"hit": "Hits", "miss": "Misses", "false_alarm": "False alarms"}
@@ -25,14 +26,19 @@ _WITHOUT: Final = {
     "false_alarm": "the most probable negative images (no operating point could be chosen)",
 }
 _LARGE: Final = ("image", "merged")
+Shown = list[tuple[Mapping[str, Any], dict[str, bytes]]]  # cases with their pictures by name
 
 
 def gallery_section(run: RunFiles, prefix: str, budget: Budget, *, show_ids: bool) -> Section:
     """Pictures of every label: the first of each kind where not all fit."""
     title = "Gallery"
+    if not mapping_at(run.results, "labels"):
+        return Section(f"{prefix}gallery", title, not_evaluated(run))
     if run.gallery is None:
-        text = "There is no gallery that belongs to these results."
-        return Section(f"{prefix}gallery", title, missing(text, command(run)))
+        asked = at(run.config, "evaluate", "gallery") != 0
+        text = "There is no gallery that belongs to these results"
+        text += "." if asked else ": the configuration asks for none (evaluate.gallery: 0)."
+        return Section(f"{prefix}gallery", title, missing(text, command(run) if asked else ""))
     cases = [case for case in list_at(run.gallery.index, "cases") if isinstance(case, Mapping)]
     shown, lost = _choose(run.gallery, cases, budget)
     parts = [_legend()]
@@ -45,9 +51,6 @@ def gallery_section(run: RunFiles, prefix: str, budget: Budget, *, show_ids: boo
     for label in mapping_at(run.gallery.index, "labels"):
         parts.append(_label(run, str(label), shown, show_ids=show_ids))
     return Section(f"{prefix}gallery", title, join(parts))
-
-
-Shown = list[tuple[Mapping[str, Any], dict[str, bytes]]]
 
 
 def _choose(gallery: Gallery, cases: Sequence[Mapping[str, Any]], budget: Budget) -> tuple[Shown, int]:
@@ -109,22 +112,20 @@ def _case(
 
 
 def _caption(case: Mapping[str, Any], threshold: float | None, *, show_ids: bool) -> Markup:
-    words_ = [f"{text_at(case, 'view')}".strip()]
+    told = [text_at(case, "view").strip()]
     probability = f"probability {number(number_at(case, 'probability'))}"
-    words_.append(probability if threshold is None else f"{probability} (threshold {threshold:.3f})")
+    told.append(probability if threshold is None else f"{probability} (threshold {threshold:.3f})")
     others = [words(str(one)) for one in list_at(case, "positive_for") if one != text_at(case, "label")]
     if others:
-        words_.append(f"also positive for {', '.join(others)}")
+        told.append(f"also positive for {', '.join(others)}")
     peak = at(case, "peak_in_box")
     if isinstance(peak, bool):
-        words_.append(
-            "peak of the merged map in a true box" if peak else "peak of the merged map outside the true boxes"
-        )
+        told.append("peak of the merged map in a true box" if peak else "peak of the merged map outside the true boxes")
     name = element("b", f"Image {whole_at(case, 'number')}")
     if show_ids:
         ids = [f"image {text_at(case, 'image_id')}", f"exam {text_at(case, 'exam_id')}"]
-        words_.append(", ".join([*ids, f"patient {text_at(case, 'patient_id')}"]))
-    return Markup(f"{name} · {element('span', ' · '.join(one for one in words_ if one))}")
+        told.append(", ".join([*ids, f"patient {text_at(case, 'patient_id')}"]))
+    return Markup(f"{name} · {element('span', ' · '.join(one for one in told if one))}")
 
 
 def _picture(case: str, name: str, data: bytes, found: tuple[float, float] | None) -> Markup:
@@ -137,10 +138,8 @@ def _picture(case: str, name: str, data: bytes, found: tuple[float, float] | Non
 def _legend() -> Markup:
     bar = picture(legend_picture(), "colours of maps, from dark violet (lowest value) over green to yellow (highest)")
     text = "Every map is stretched from its lowest to its highest value inside the breast, so colours compare places "
-    text += (
-        "within one picture, not pictures; the two values are below it (attention: weights; instance: probabilities). "
-    )
-    text += "Images are called by their place in the table of predictions."
+    text += "within one picture, not pictures. The two values are below it (attention: weights; instance: "
+    text += "probabilities). Images are called by their place in the table of predictions."
     boxes = '<i class="box"></i> true box of the label <i class="box dashed"></i> true box of another label'
     scale = f'<span class="bar">lowest {bar} highest</span>'
     return Markup(f'<div class="legend">{scale} <span>{boxes}</span></div>{paragraph(text, "small")}')

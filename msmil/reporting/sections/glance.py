@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from msmil.evaluation.results import number
+from msmil.reporting.figures.style import words
 from msmil.reporting.html import Markup, element, join
 from msmil.reporting.html import with_bounds as bounds
 from msmil.reporting.run_files import RunFiles
-from msmil.reporting.sections.results import SPLIT_NAMES, words
+from msmil.reporting.sections.results import SPLIT_NAMES
 from msmil.reporting.trees import bounds_at, list_at, mapping_at, number_at, text_at, whole_at
 
 

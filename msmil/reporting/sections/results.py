@@ -10,6 +10,8 @@ import numpy as np
 from msmil.evaluation.classification import METRICS
 from msmil.evaluation.results import number
 from msmil.reporting.figures import classification_figures, scale_weights
+from msmil.reporting.figures.maps import heading
+from msmil.reporting.figures.style import words
 from msmil.reporting.html import Budget, Markup, Section, element, figures, join, missing, paragraph, table
 from msmil.reporting.html import with_bounds as bounds
 from msmil.reporting.run_files import RunFiles
@@ -31,11 +33,6 @@ _KINDS: Final = {
     "reliability": "reliability diagram",
     "confusion": "confusion matrix at the operating point",
 }
-
-
-def words(label: str) -> str:
-    """A label for people."""
-    return label.replace("_", " ")
 
 
 def command(run: RunFiles) -> str:
@@ -82,6 +79,8 @@ def basis(run: RunFiles) -> Markup:
     rule, chosen_on = text_at(results, "thresholds_from", "rule"), whole_at(results, "thresholds_from", "images")
     if rule:
         text += f" Operating point: the threshold with the {rule} on {chosen_on} validation images."
+        if run.split == "val":
+            text += " These are the same images: what is counted at the threshold is optimistic."
     if run.is_finished is False:
         text += f" Training was not finished when this report was made ({run.progress})."
     return element("span", text)
@@ -251,8 +250,7 @@ def localisation_section(run: RunFiles, prefix: str) -> Section:
 
 def map_words(name: str) -> str:
     """A map's name for people: attention_16 -> attention, scale 16."""
-    kind, _, scale = name.rpartition("_")
-    return f"{kind}, scale {scale}" if scale.isdigit() else name.replace("_", " ")
+    return heading(name).replace("\n", ", ")
 
 
 def _percent(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from msmil.evaluation.results import number
 from msmil.reporting.figures import Series, lines
+from msmil.reporting.figures.style import words
 from msmil.reporting.html import Budget, Markup, Section, figures, join, missing, paragraph, table
 from msmil.reporting.run_files import RunFiles, checkpoint_step
-from msmil.reporting.sections.results import words
 
 _LINES: Final = 6  # in one picture; more are told apart with difficulty
 _PHASES: Final = {
@@ -41,11 +42,16 @@ def _figures(run: RunFiles) -> list[tuple[Any, str]]:
     drawn = []
     for title, y_label, series, smooth in _groups(run):
         for part in _parts(series):
-            ends = ", ".join(f"{one.name} {one.y_T[-1]:.4g}" for one in part)
-            logarithmic = y_label != "learning rate"
-            figure = lines(title, part, y_label=y_label, mark=mark, smooth=smooth, may_be_logarithmic=logarithmic)
+            ends = ", ".join(f"{one.name} {_end(one)}" for one in part)
+            shape = {"smooth": smooth, "may_be_logarithmic": y_label != "learning rate"}
+            figure = lines(title, part, y_label=y_label, mark=mark, **shape)
             drawn.append((figure, f"{title} over training steps; at the end: {ends}"))
     return drawn
+
+
+def _end(series: Series) -> str:
+    value = float(series.y_T[-1])
+    return f"{value:.4g}" if math.isfinite(value) else "undefined"
 
 
 def _groups(run: RunFiles) -> list[tuple[str, str, list[Series], bool]]:

@@ -47,7 +47,7 @@ def test_the_form_is_the_documented_one():
     assert list(found["labels"]) == list(LABELS)
     for label in LABELS:
         merged = found["labels"][label]
-        assert set(merged) == branch | {"positives", "images", "patients", "scales"}
+        assert set(merged) == branch | {"positives", "images", "patients", "calibration", "scales"}
         assert [set(merged["scales"][str(scale)]) for scale in SCALES] == [branch, branch]
         assert merged["auroc_ci"][0] <= merged["auroc"] <= merged["auroc_ci"][1]
     assert found["mean_auroc"] == pytest.approx(np.mean([found["labels"][label]["auroc"] for label in LABELS]))

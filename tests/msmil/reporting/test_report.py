@@ -254,7 +254,11 @@ def test_several_runs_are_set_side_by_side(run: Path, tmp_path: Path, monkeypatc
     assert "Mass: ROC curves of a, b" in page.of("img", "alt")
     assert {"run-1-results", "run-2-gallery"} <= set(page.of("*", "id"))
     edit(three / "metrics" / "test.json", lambda tree: tree.update(data_fingerprint="other"))
-    assert "judged on different data" in build(one, three).text
+    assert "the data they were judged on differ" in build(one, three).text
+    for fold, folder in enumerate((one, three)):
+        data = {"packed_fingerprint": "same", "fingerprint": f"{fold}"}
+        edit(folder / "metrics" / "test.json", lambda tree, data=data: tree.update(data=data))
+    assert "they were judged on differ" not in build(one, three).text, "folds have the same test images"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
