@@ -93,6 +93,7 @@ def test_parameters_the_wanted_maps_do_not_depend_on_never_train() -> None:
 
 def test_an_architecture_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that builds it again (folds, seeds) does not trace it again; another size of image it does."""
+    monkeypatch.setattr("msmil.models.backbone._CHECKED", {})
     first = outline("test_efficientnet", scales=(8, 16))
 
     def traced(*_: object) -> None:
