@@ -20,9 +20,7 @@ from launch.repeat import make_parts
 from msmil.config_io import load_config
 from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest
-from msmil.engine.pipeline import open_pipeline
 from msmil.engine.data import check_trained_on, open_data
-from msmil.engine.runtime import Runtime
 from shards.errors import UserError
 from shards.manifest import read_manifest
 from tests.experiments import save_blank, write_tiny
@@ -139,7 +137,6 @@ def test_a_run_does_not_go_on_with_another_fold(repeated: Path, capsys: pytest.C
 def test_a_checkpoint_knows_its_fold_even_where_config_yaml_was_edited(repeated: Path) -> None:
     config = load_config(repeated / "fold_1" / "config.yaml")
     checkpoint = load_checkpoint(newest(repeated / "fold_1" / "checkpoints") or Path())
-    runtime = Runtime(config.train)
     check_trained_on(checkpoint.folder, checkpoint.state, open_data(config))
     other = replace(config, data=replace(config.data, fold=0))
     with pytest.raises(UserError, match="was trained on data with fingerprint"):

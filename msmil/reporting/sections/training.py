@@ -43,8 +43,8 @@ def _figures(run: RunFiles) -> list[tuple[Any, str]]:
     for title, y_label, series, smooth in _groups(run):
         for part in _parts(series):
             ends = ", ".join(f"{one.name} {_end(one)}" for one in part)
-            shape = {"smooth": smooth, "may_be_logarithmic": y_label != "learning rate"}
-            figure = lines(title, part, y_label=y_label, mark=mark, **shape)
+            logarithmic = y_label != "learning rate"
+            figure = lines(title, part, y_label=y_label, mark=mark, smooth=smooth, may_be_logarithmic=logarithmic)
             drawn.append((figure, f"{title} over training steps; at the end: {ends}"))
     return drawn
 
