@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from shards.pack import pack
 from shards.recipes import AsIs
 from shards.sources.grouped_table import read_grouped_table
 from tests.archives import LABELS, GroupedArchive, make_grouped_archive
 from tests.experiments import save_blank
+
+# how long an example takes says how busy the machine is
+settings.register_profile("msmil", deadline=None)
+settings.load_profile("msmil")
 
 _ROOT = Path(__file__).resolve().parent.parent
 

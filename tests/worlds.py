@@ -114,7 +114,8 @@ def children_running(module: str, ancestor: int) -> list[int]:
     while frontier:
         pid = frontier.pop()
         for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            children = [int(child) for child in task.read_text().split()]
-            frontier += children
-            found += [c for c in children if module in Path(f"/proc/{c}/cmdline").read_text()]
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                children = [int(child) for child in task.read_text().split()]
+                frontier += children
+                found += [c for c in children if module in Path(f"/proc/{c}/cmdline").read_text()]
     return sorted(found)

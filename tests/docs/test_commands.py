@@ -40,7 +40,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseExceptio
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)  # of all commands together: the first test runs them
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_command_works(line: str, outcomes: dict[str, BaseException | None]) -> None:
     error = outcomes[line]

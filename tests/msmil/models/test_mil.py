@@ -108,10 +108,12 @@ def test_the_order_of_tiles_does_not_matter(variant: dict[str, str]) -> None:
 
 def test_instances_are_ordered_by_tile_then_row_then_column() -> None:
     model, seen = small_model().eval(), {}
-    model.pyramid.register_forward_hook(lambda _module, _inputs, levels: seen.update(levels=levels))
+    model.pyramid.register_forward_hook(
+        lambda pyramid, _inputs, maps: seen.update(zip(pyramid.scales, maps, strict=True))
+    )
     model.branches["16"].register_forward_pre_hook(lambda _module, inputs: seen.update(x_BID=inputs[0].bags()[0]))
     model(random_tiles(2, 3, hw=(64, 128)))
-    map_MDhw = seen["levels"][16]
+    map_MDhw = seen[16]
     for b, n, y, x in itertools.product(range(2), range(3), range(4), range(8)):
         assert torch.equal(seen["x_BID"][b, (n * 4 + y) * 8 + x], map_MDhw[b * 3 + n, :, y, x])
 
