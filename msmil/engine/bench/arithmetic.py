@@ -57,7 +57,7 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, *, rounds: int 
 
         def multiply() -> None:
             for _ in range(times):  # noqa: B023 - called at once
-                a @ b  # noqa: B018, B023 - called at once
+                a @ b  # noqa: B023 - called at once
 
         multiply()
         shortest_s = min(seconds(multiply, device).wall for _ in range(rounds))

@@ -15,7 +15,7 @@ import torch
 from msmil.config import Config, DataConfig
 from msmil.config_io import load_config
 from msmil.engine.bench.clock import seconds
-from msmil.engine.bench.images import draw, pack_images
+from msmil.engine.bench.images import DIFFERENT, draw, pack_images
 from shards.codecs import CODECS, Codec, Pixels, decode
 from shards.errors import UserError
 from shards.files import human_bytes
@@ -59,7 +59,7 @@ def bench_loader(
     found: dict[str, Any] = {"image_hw": [height, width], "images": number, "batch_size": size, "codecs": {}}
     for codec in CODECS:
         with TemporaryDirectory(prefix="msmil_bench_") as folder:
-            manifest = pack_images(Path(folder), chosen, codec=codec, labels=config.data.labels)
+            manifest = pack_images(Path(folder), chosen, codec=codec, labels=config.data.labels, number=number)
             found["codecs"][codec] = _measure(manifest, codec, size=size, rounds=rounds)
     for line in _table(found["codecs"]):
         say(line)
@@ -68,15 +68,14 @@ def bench_loader(
 
 def _images(config: Config, size_hw: tuple[int, int] | None, number: int) -> Iterator[Pixels]:
     if size_hw is not None:
-        yield from (draw(size_hw, seed) for seed in range(number))
+        yield from (draw(size_hw, seed) for seed in range(min(number, DIFFERENT)))
         return
     manifest = read_manifest(config.data.shards)
     rows = manifest.rows("train").tolist()
     if not rows:
         raise UserError("has no training images", file=manifest.directory, fix="name other data, or use --synthetic")
     with ShardReader(manifest) as reader:
-        read = [reader.read(row) for row in rows[:number]]
-    yield from (read[i % len(read)] for i in range(number))
+        yield from (reader.read(row) for row in rows[:number])
 
 
 def _measure(manifest: Manifest, codec: Codec, *, size: int, rounds: int) -> dict[str, float]:

@@ -36,7 +36,8 @@ from shards.tables import aligned
 from shards.types import Batch
 
 Say = Callable[[str], None]
-_FEWEST_IMAGES: Final = 8
+_MOST_IMAGES: Final = 1024
+_WARM_STEPS: Final = 3  # in which a GPU chooses its algorithms
 _PUBLISHED: Final = "published way: fp32, contiguous, eager, 3 channels, tiles of 512"
 
 
@@ -66,9 +67,13 @@ def bench_train(config: Config, options: Options, say: Say) -> dict[str, Any]:
         fix = "set data.features: '' (with stored features there is no published way to compare with)"
         raise UserError("data.features is set, but a step from images is measured", fix=fix)
     _choose_device(options.device)
-    with packed_for(config, options.size_hw, max(config.train.batch_size, _FEWEST_IMAGES)) as filled:
-        runtime = Runtime(filled.train, quiet=True)
-        return _Bench(open_pipeline(filled, runtime), options, say).run()
+    runtime = Runtime(config.train, quiet=True)
+    steps = options.steps or (20 if runtime.device.type == "cuda" else 3)
+    size = config.train.batch_size
+    # one epoch lasts for all loops, in which starting another one would be waited for
+    images = max(size, min((2 * steps + _WARM_STEPS + 1) * size, _MOST_IMAGES))
+    with packed_for(config, options.size_hw, images) as filled:
+        return _Bench(open_pipeline(filled, runtime), replace(options, steps=steps), say).run()
 
 
 def _choose_device(device: str | None) -> None:
@@ -85,7 +90,8 @@ class _Bench:
     def __init__(self, pipeline: Pipeline, options: Options, say: Say) -> None:
         self.pipeline, self.options, self.say = pipeline, options, say
         self.config, self.device = pipeline.config, pipeline.runtime.device
-        self.steps = options.steps or (20 if self.device.type == "cuda" else 3)
+        assert options.steps is not None
+        self.steps = options.steps
         micro = self.config.train.batch_size // self.config.train.accumulation
         self.batches = [_batch(pipeline, micro)] * self.config.train.accumulation
         self.found: dict[str, Any] = {}
@@ -116,9 +122,10 @@ class _Bench:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
+        parts = f" in {train.accumulation} parts" if train.accumulation > 1 else ""
         self.say(
-            f"{config.name}: images of {height} x {width} pixels{drawn}, batch {train.batch_size} in "
-            f"{train.accumulation} part(s), {ours.blocks} of the backbone's blocks train, {mode_of(config)}"
+            f"{config.name}: images of {height} x {width} pixels{drawn}, batch {train.batch_size}{parts}, "
+            f"{ours.blocks} of the backbone's blocks train, {mode_of(config)}"
         )
         threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
         self.say(f"{self.pipeline.runtime.device_name}{threads}, torch {torch.__version__}")
@@ -126,7 +133,7 @@ class _Bench:
     def _split(self, ours: OurStep) -> None:
         """Phases, speed, arithmetic, memory of the loop as it trains."""
         stream = endless(self.pipeline)
-        ours.phases(stream, 1 if self.device.type == "cpu" else 3)
+        ours.phases(stream, 1 if self.device.type == "cpu" else _WARM_STEPS)
         peak = peak_of(lambda: ours.phases(stream, 1), self.device)
         phases = ours.phases(stream, self.steps)
         speed = ours.images_per_s(stream, self.steps)
@@ -183,24 +190,28 @@ class _Bench:
 
     def _modes(self, published: PlainStep, chosen: Sequence[Mode]) -> None:
         """Precision, memory format and compilation, each beside the published way in rounds of its own."""
-        self.say(f"\nModes of this configuration, each beside the published way in rounds of its own ({self.steps})")
+        self.say(f"\nModes of this configuration, each beside the published way in {self.steps} rounds of its own")
+        self.say(f"{'':32} {'seconds':>9} {'published / it':>15} {'peak memory':>12}")
         self.found["modes"] = []
         for mode in chosen:
-            before = _in_use(self.device)
             try:
-                step = self._plain(in_mode(self.config, mode))
-                step(self.batches)
-                step(self.batches)
+                row = self._mode(mode, published)
             except (RuntimeError, UserError) as error:  # no compiler, no kernel, no memory: the others still count
-                self.found["modes"].append({"name": str(mode), "failed": str(error).splitlines()[0]})
-                self.say(f"{mode}: failed: {str(error).splitlines()[0]}")
-                continue
-            peak = peak_of(lambda: step(self.batches), self.device) - before  # noqa: B023 - called at once
-            rows = self._timed({_PUBLISHED: lambda: published(self.batches), str(mode): lambda: step(self.batches)})  # noqa: B023
-            row = rows[1] | {"peak_bytes": peak}
+                row = {"name": str(mode), "failed": str(error).splitlines()[0]}
+                self.say(f"{mode!s:32} failed: {row['failed']}")
+            else:
+                peak = human_bytes(row["peak_bytes"])
+                self.say(f"{mode!s:32} {row['work_s']:9.4f} {row['ratio']:15.2f} {peak:>12}")
             self.found["modes"].append(row)
-            self.say(f"{mode!s:32} {row['work_s']:8.4f} s  {row['ratio']:5.2f} x  {human_bytes(max(0, peak)):>9}")
-            del step
+
+    def _mode(self, mode: Mode, published: PlainStep) -> dict[str, Any]:
+        before = _in_use(self.device)
+        step = self._plain(in_mode(self.config, mode))
+        step(self.batches)
+        step(self.batches)
+        peak = peak_of(lambda: step(self.batches), self.device) - before
+        rows = self._timed({_PUBLISHED: lambda: published(self.batches), str(mode): lambda: step(self.batches)})
+        return rows[1] | {"peak_bytes": max(0, peak)}
 
     def _largest(self, ours: OurStep) -> None:
         parts = self.config.train.accumulation
