@@ -17,12 +17,12 @@ _ROOM = 0.9
 
 @dataclass(frozen=True)
 class Largest:
-    """images: of a micro-batch; tried: it was stepped, and one larger by `grain` ran out of memory; else it is what
-    the available memory divided by the memory per image gives. per_image_bytes: where it was measured."""
+    """images: of a micro-batch; tried: it was stepped, and one larger by `grain` ran out of memory (0: more were not
+    tried); else it is what the available memory divided by the memory per image gives. per_image_bytes: then."""
 
     images: int
     tried: bool
-    grain: int = 1
+    grain: int = 0
     per_image_bytes: int | None = None
 
 
@@ -46,7 +46,7 @@ def _by_trying(step: Callable[[int], None], most: int) -> Largest:
         tries = min(2 * fits, most) if fails > most else (fits + fails) // 2
         if tries <= fits:
             break
-    return Largest(fits, tried=True, grain=fails - fits)
+    return Largest(fits, tried=True, grain=0 if fails > most else fails - fits)
 
 
 def _fits(step: Callable[[int], None], images: int) -> bool:

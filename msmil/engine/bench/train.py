@@ -217,11 +217,10 @@ class _Bench:
         parts = self.config.train.accumulation
         found = largest_batch(lambda images: ours([_batch(self.pipeline, images)] * parts), self.device)
         self.found["largest_batch"] = asdict(found)
-        how = (
-            f"tried: {found.images + found.grain} do not fit"
-            if found.tried
-            else f"not tried: {human_bytes(found.per_image_bytes or 0)} per image in the memory that is available"
-        )
+        if found.per_image_bytes is not None:
+            how = f"not tried: measured {human_bytes(found.per_image_bytes)} per image, in the memory that is available"
+        else:
+            how = f"tried; {found.images + found.grain} do not fit" if found.grain else "tried; more were not"
         self.say(f"\nLargest batch of one rank and micro-step: {found.images} images ({how})")
 
     def _plain(self, config: Config) -> PlainStep:
