@@ -14,6 +14,7 @@ from torch import nn
 
 from msmil.config import Config
 from msmil.engine.doctor.machine import control_groups
+from msmil.engine.host_memory import trim
 from shards.errors import UserError
 from shards.files import human_bytes
 
@@ -140,6 +141,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    trim()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak of VmHWM alone
     except OSError:
@@ -147,7 +149,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process."""
+    """Memory of this process, without what is free and kept."""
+    trim()
     return _status_bytes("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

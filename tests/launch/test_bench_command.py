@@ -40,10 +40,11 @@ def test_a_step_is_measured_beside_the_published_way(
     assert found["flop_per_image"] > 1e6
     assert 0 < found["share_of_matmul"] < 1
     assert found["peak_bytes"] > 1e7
-    published, ours, tiled = found["compared"]
+    published, ours, tiled, kept = found["compared"]
     assert published["ratio"] == 1
     assert published["name"].startswith("published way: fp32")
     assert ours["ratio"] == pytest.approx(published["work_s"] / ours["work_s"])
+    assert kept["name"].startswith("published way, freed memory kept")
     assert tiled["name"].endswith("tiles of 512")
     assert found["pixels_per_image"] == {"published": 512 * 512, "ours": 64 * 64}
     assert [mode["name"] for mode in found["modes"]][-1] == "bf16 channels_last compiled"

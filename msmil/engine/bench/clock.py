@@ -30,11 +30,21 @@ def seconds(action: Callable[[], object], device: torch.device) -> Seconds:
     return Seconds(wall_s, work_s if device.type == "cpu" else wall_s)
 
 
-def in_turn(actions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Seconds]:
-    """Medians over rounds in which every action is done once, so that what else runs here meets them alike."""
+def in_turn(
+    actions: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    *,
+    before: Callable[[str], object] = lambda _: None,
+) -> dict[str, Seconds]:
+    """Medians over rounds in which every action is done once, so that what else runs here meets them alike.
+
+    `before` is called with the name of each action that comes, and not timed.
+    """
     found: dict[str, list[Seconds]] = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():
+            before(name)
             found[name].append(seconds(action, device))
     return {name: Seconds(*map(median, zip(*times, strict=True))) for name, times in found.items()}
 
