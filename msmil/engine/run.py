@@ -104,7 +104,10 @@ def make_network(pipeline: Pipeline, *, pretrained: bool) -> MILModel:
     if config.train.gradient_checkpointing:
         set_gradient_checkpointing(network)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    return network.to(device=runtime.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+    network.to(device=runtime.device, memory_format=memory_format)  # type: ignore[call-overload]
+    if network.pyramid is not None and runtime.device.type == "cpu":
+        network.pyramid.refine.to(memory_format=torch.contiguous_format)  # as its input, see there
+    return network
 
 
 def bare_again(run: Run, engine: Engine) -> MILModel:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from msmil.config import TrainConfig
 from msmil.engine.environment import refuse_environment
+from msmil.engine.host_memory import keep_freed_memory
 from shards.errors import UserError
 
 
@@ -38,6 +39,7 @@ class Runtime:
         use_gpu = gpu_in_use()
         if not use_gpu:
             refuse_on_cpu(config)
+            keep_freed_memory()
         make = _with_deepspeed if config.engine == "deepspeed" else _with_ddp
         self.accelerator: Accelerator = make(config, use_gpu)
         self.rank: int = self.accelerator.process_index

@@ -68,6 +68,9 @@ class FeaturePyramid(nn.Module):
             if merged and self.top_down:
                 lateral = lateral + functional.interpolate(merged[-1], size=lateral.shape[-2:], mode=self.upsample)
             merged.append(lateral)
+        if merged[0].device.type == "cpu":
+            # for one channels_last image oneDNN's gradient of these weights takes four times as long
+            merged = [level.contiguous() for level in merged]
         levels = {s: self.norm(self.refine[str(s)](m)) for s, m in zip(self.strides, reversed(merged), strict=True)}
         coarsest = self.strides[-1]
         for scale in self.scales[len(self.strides) :]:

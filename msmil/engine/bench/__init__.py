@@ -1,0 +1,1 @@
+"""Benchmarks of `msmil bench`: each prints a number beside its baseline, as a ratio, from one run."""
