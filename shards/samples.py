@@ -96,6 +96,12 @@ def codes(table: pa.Table, name: str) -> tuple[np.ndarray[Any, Any], list[str]]:
     return chunk.indices.to_numpy(zero_copy_only=True), chunk.dictionary.to_pylist()
 
 
+def coded(table: pa.Table, name: str) -> np.ndarray[Any, Any]:
+    """A column of texts as int32 numbers [N], equal for equal texts, in the order in which they come first."""
+    number_N: np.ndarray[Any, Any] = _chunk(table, name).dictionary_encode().indices.to_numpy(zero_copy_only=True)
+    return number_N
+
+
 def digests(table: pa.Table, name: str = "sha256") -> np.ndarray[Any, Any]:
     """A column of digests as uint8 [N, 32] that shares the table's memory."""
     chunk = _chunk(table, name)
