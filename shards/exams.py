@@ -81,9 +81,9 @@ def _pack(sizes: tuple[int, ...], counts: tuple[int, ...], batch_size: int) -> P
     """
     assert sizes[-1] <= batch_size
     if len(sizes) == 1:
-        size_T = np.full(counts[0], sizes[0], np.int32)
-        return _packing(size_T, np.arange(counts[0], dtype=np.int32) // (batch_size // sizes[0]))
-    size_T, batch_T = array("i"), array("i")
+        every = np.full(counts[0], sizes[0], np.int32)
+        return _packing(every, np.arange(counts[0], dtype=np.int32) // (batch_size // sizes[0]))
+    size_T, batch_T = array("i"), array("i")  # compact: one entry per exam
     total = dict(zip(sizes, counts, strict=True))
     placed = dict.fromkeys(sizes, 0)
     lagging = [(0.5 / total[size], size) for size in sizes]

@@ -37,7 +37,8 @@ class Shuffle:
         order_S = np.argsort(self.words(len(shards_S)), kind="stable")
         block = np.zeros(int(shards_S[-1]) + 1, np.min_scalar_type(len(shards_S)))
         block[shards_S[order_S]] = np.arange(len(shards_S)) // self.block_shards
-        return block[shard_U]
+        block_U: NDArray[np.integer[Any]] = block[shard_U]
+        return block_U
 
     def within(self, key_U: NDArray[np.integer[Any]]) -> Int32:
         """The units [U] by ascending key, permuted where keys are equal."""

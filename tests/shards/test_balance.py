@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.balance import draw_share, label_classes
@@ -72,6 +72,7 @@ def test_a_class_without_members_is_refused(label_MK, said):
     seed=st.integers(0, 2**63),
     far=st.integers(0, 10_000),
 )
+@settings(max_examples=40)
 def test_draws_are_as_even_as_can_be_in_every_batch_in_every_epoch_and_over_the_run(
     more, batch_size, last_batch, seed, far
 ):
@@ -81,12 +82,12 @@ def test_draws_are_as_even_as_can_be_in_every_batch_in_every_epoch_and_over_the_
     whole, rest = divmod(len(label_MK), batch_size)
     draws = {"pad": len(label_MK), "drop": whole * batch_size, "wrap": (whole + (rest > 0)) * batch_size}[last_batch]
     run: Counter[int] = Counter()
-    for epoch in (0, 1, 2, far):
+    for n, epoch in enumerate([0, 1, 2, far]):
         plan = make_plan(class_MC, epoch=epoch, **words)
         assert all(even(class_MC, Counter(batch), members=False) for batch in drawn(plan))
         assert counted(plan).total() == draws
         assert even(class_MC, counted(plan), members=True)
-        if epoch != far:
+        if n < 3:
             run += counted(plan)
             assert even(class_MC, run, members=True)
 

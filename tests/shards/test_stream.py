@@ -230,4 +230,4 @@ def test_what_is_sent_to_a_process_grows_by_a_few_bytes_a_sample(manifest):
 
     of_fold = manifest.with_rows({split: np.arange(100_000) for split in SPLITS}, fingerprint="f")
     assert sent(1000) < 10_000
-    assert sent(100_000) - sent(1000) <= 99_000 * 5
+    assert sent(100_000) - sent(1000) < 99_000 * 5.1
