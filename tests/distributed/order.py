@@ -1,4 +1,4 @@
-"""Legs with every option of the order, and with shards of unusual sizes, to be trained in worlds of 1, 2 and 3 ranks."""
+"""Legs with every option of the order, and with shards of unusual sizes, for worlds of 1, 2 and 3 ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOO_FEW = "refused"
 
 
 def pack_unusual(folder: Path) -> None:
-    """The images of the fixture `packed` with one shard for each split, and with shards of 1, 2 and all other images."""
+    """The images of the fixture `packed` with one shard for each split, and with shards of 1, 2 and all others."""
     archive = make_grouped_archive(folder / "archive", exams=24)
     pack_grouped(archive, folder / "one_shard", samples_per_shard=1000)
     _pack_unequal(archive, folder / "unequal")

@@ -46,7 +46,10 @@ class Runs:
         self.folder, self.packed = folder, packed
 
     def leg(self, name: str, until: int, *, run: str | None = None, **settings: Any) -> dict[str, Any]:
-        """A leg called `name` of the run `run` up to a step; train, model, data words and dtype, threshold, ... as settings."""
+        """A leg called `name` of the run `run` up to a step.
+
+        Settings: words of the sections train, model and data; dtype, threshold, predict, refused (see legs.py).
+        """
         folder = self.folder / name
         folder.mkdir()
         backbone = {"backbone_options": {"channels": [8, 8, 16, 16], "stem_width": 8, "zero_init_last": False}}
