@@ -13,7 +13,7 @@ from shards.sources.base import SourceRow
 from tests.archives import GroupedArchive, make_grouped_archive, pack_grouped
 from tests.distributed.runs import Runs, zero
 
-STEPS, BATCH = 9, 12  # more than an epoch, and no divisor of the images
+STEPS, BATCH = 9, 18  # two epochs and more; no divisor of the 60 images, nor a multiple of an exam
 ORDERS: dict[str, dict[str, Any]] = {
     "pad": {},
     "wrap": {"last_batch": "wrap"},
