@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shards.types import Box, Geometry, SampleRecord
 
@@ -97,8 +98,15 @@ def codes(table: pa.Table, name: str) -> tuple[np.ndarray[Any, Any], list[str]]:
 
 
 def coded(table: pa.Table, name: str) -> np.ndarray[Any, Any]:
-    """A column of texts as int32 numbers [N], equal for equal texts, in the order in which they come first."""
-    number_N: np.ndarray[Any, Any] = _chunk(table, name).dictionary_encode().indices.to_numpy(zero_copy_only=True)
+    """A column of texts as int32 numbers [N], equal for equal texts, in the order in which they come first.
+
+    Equal neighbours are put together first: rows of an exam lie side by side, and texts take memory.
+    """
+    column = _chunk(table, name)
+    changes = pc.not_equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)
+    start = np.concatenate([[0], np.flatnonzero(changes) + 1]).astype(np.int32)
+    number = column.take(pa.array(start)).dictionary_encode().indices.to_numpy(zero_copy_only=True)
+    number_N: np.ndarray[Any, Any] = np.repeat(number, np.diff(start, append=len(column)))
     return number_N
 
 
