@@ -70,14 +70,17 @@ def draw_classes(
         start, stop = (first + c) // classes, (first + draws + c) // classes
         turn = np.arange(stop - start)
         taken = members[shuffle.cycle(c, len(members))][(turn + start % len(members)) % len(members)]
-        key = _small(turn // len(members) * blocks + block_M[taken])
-        order[(-1 - c - first) % classes :: classes] = taken[
-            shuffle.within(key.astype(np.min_scalar_type(key.max(initial=0))))
-        ]
-    return order[shuffle.within(_small(np.arange(draws) // batch_size))]
+        key = turn // len(members) * blocks + block_M[taken]
+        order[(-1 - c - first) % classes :: classes] = taken[shuffle.within(key)]
+    return order[_places(draws, batch_size, shuffle)]
 
 
-def _small(key: NDArray[np.int64]) -> NDArray[np.unsignedinteger[Any]]:
-    """The same numbers in the smallest type that holds them: numpy sorts two bytes faster."""
-    small: NDArray[np.unsignedinteger[Any]] = key.astype(np.min_scalar_type(key.max(initial=0)))
-    return small
+def _places(draws: int, batch_size: int, shuffle: Shuffle) -> Int32:
+    """0 .. draws-1, permuted inside each batch."""
+    batches = -(-draws // batch_size)
+    word_GB = shuffle.words(batches * batch_size)
+    word_GB[draws:] = np.iinfo(np.uint64).max  # padding stays behind
+    word_GB = word_GB.reshape(batches, batch_size)
+    place_GB = np.argsort(word_GB, axis=1, kind="stable").astype(np.int32)
+    place_GB += np.arange(batches, dtype=np.int32)[:, None] * batch_size
+    return place_GB.reshape(-1)[:draws]

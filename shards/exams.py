@@ -61,10 +61,9 @@ def place_exams(exams: Exams, shard_M: NDArray[np.integer[Any]], batch_size: int
     # The k-th sample of all places comes from here, and goes there: each batch before it adds its padding.
     padding_G = np.cumsum(batch_size - packing.filled_G) - (batch_size - packing.filled_G)
     k = np.arange(len(exams.sample_M), dtype=np.int32)
-    source = k + np.repeat(exams.start_E[exam_T] - before_T, packing.size_T)
-    target = k + np.repeat(padding_G.astype(np.int32), packing.filled_G)
+    placed = exams.sample_M[k + np.repeat(exams.start_E[exam_T] - before_T, packing.size_T)]
     place = np.empty(len(packing.filled_G) * batch_size, np.int32)
-    place[target] = exams.sample_M[source]
+    place[k + np.repeat(padding_G.astype(np.int32), packing.filled_G)] = placed
     place_GB = place.reshape(-1, batch_size)
     padded = np.flatnonzero(packing.filled_G < batch_size)
     again = np.arange(batch_size) % packing.filled_G[padded, None]

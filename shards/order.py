@@ -30,6 +30,7 @@ def train_plan(
     Raises:
         UserError: as EpochPlan and label_classes.
     """
+    exam_N = manifest.code_N("exam_id") if group_by == "exam" else None
     row_M = manifest.rows("train")
     balanced = sampling == "class_balanced" and len(row_M) > 0
     return EpochPlan(
@@ -41,5 +42,5 @@ def train_plan(
         last_batch=last_batch,
         block_shards=block_shards,
         class_MC=label_classes(manifest.label_NK(labels, row_M), labels) if balanced else None,
-        exam_M=manifest.codes("exam_id", row_M) if group_by == "exam" else None,
+        exam_M=None if exam_N is None else exam_N[row_M],
     )

@@ -41,9 +41,12 @@ class Shuffle:
         return block_U
 
     def within(self, key_U: NDArray[np.integer[Any]]) -> Int32:
-        """The units [U] by ascending key, permuted where keys are equal."""
-        within_U = np.argsort(self.words(len(key_U)), kind="stable").astype(np.int32)
-        return within_U[np.argsort(key_U[within_U], kind="stable")]
+        """The units [U] by ascending key (not negative), permuted where keys are equal."""
+        bits = int(key_U.max(initial=0)).bit_length()
+        word_U = self.words(len(key_U)) >> np.uint64(bits)
+        if bits:
+            word_U |= key_U.astype(np.uint64) << np.uint64(64 - bits)
+        return np.argsort(word_U, kind="stable").astype(np.int32)
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """The next random words."""

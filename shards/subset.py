@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.splits import draw
 
@@ -28,17 +29,23 @@ def with_fraction(manifest: Manifest, *, fraction: float, seed: int, labels: Seq
         fraction: 0 < fraction <= 1; 1 is the folder as it is.
         seed: of the choice.
         labels: what the share is stratified by.
+
+    Raises:
+        UserError: the share is of no patient.
     """
     assert 0 < fraction <= 1
     row_M = manifest.rows("train")
     if fraction == 1 or len(row_M) == 0:
         return manifest
-    _, first_P, patient_M = np.unique(manifest.codes("patient_id", row_M), return_index=True, return_inverse=True)
+    _, first_P, patient_M = np.unique(manifest.code_N("patient_id")[row_M], return_index=True, return_inverse=True)
     label_MK = manifest.label_NK(labels, row_M)
     positive_PK = np.zeros((len(first_P), len(labels)), np.bool_)
     for k in range(len(labels)):
         positive_PK[patient_M[label_MK[:, k] == 1], k] = True
     chosen_P = patient_share(manifest.text("patient_id", row_M[first_P]), positive_PK, fraction, seed)
+    if not chosen_P.any():
+        thing = f"a data.fraction of {fraction:g} takes none of the {len(chosen_P)} training patients"
+        raise UserError(thing, fix="give a larger one, or another data.fraction_seed", file=manifest.directory)
     chosen_M = row_M[chosen_P[patient_M]]
     rows = {"train": chosen_M, "val": manifest.rows("val"), "test": manifest.rows("test")}
     digest = hashlib.sha256(manifest.fingerprint.encode() + b"\0share\0" + chosen_M.astype("<i8").tobytes())
