@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msmil.config_checks import check_engine, check_folds, check_frozen, check_model
+from msmil.config_checks import check_engine, check_folds, check_frozen, check_model, check_order
 from msmil.config_checks import require as _require
 from msmil.config_offline import check_offline
 from msmil.config_ranges import check_ranges
@@ -36,7 +36,21 @@ class DataConfig:
     fold: int = opt(0, "the fold that validates; the other folds train (`msmil repeat --folds` goes through all)")
     fold_seed: int = opt(0, "seed of the folds; apart from seed, so that repeated runs share them")
     fold_rule: Literal["seeded", "legacy"] = opt("seeded", "how folds are drawn; legacy: as published, for one label")
-    last_batch: Literal["pad", "drop"] = opt("pad", "last global batch of an epoch: fill with weight 0, or leave out")
+    fraction: float = opt(
+        1.0, "share of the training patients that train, alike in labels; a smaller share is part of a larger one"
+    )
+    fraction_seed: int = opt(0, "seed of that share; apart from seed, so that repeated runs share it")
+    sampling: Literal["uniform", "class_balanced"] = opt(
+        "uniform", "each image once an epoch; or as many draws of each label's positives, and of images without any"
+    )
+    group_by: Literal["none", "exam"] = opt(
+        "none",
+        "exam: all images of an exam are in one global batch; places where no exam fits are filled with weight 0",
+    )
+    last_batch: Literal["pad", "drop", "wrap"] = opt(
+        "pad",
+        "last global batch of an epoch: fill with weight 0, leave out, or fill with the epoch's first images again",
+    )
     shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
     workers: int = opt(2, "decoding processes per rank; 0 decodes in the training process")
     prefetch_batches: int = opt(2, "batches each decoding process keeps ready")
@@ -233,6 +247,7 @@ def _check(config: Config) -> None:
     check_ranges(config)
     train, data = config.train, config.data
     check_folds(config.data)
+    check_order(config.data)
     check_model(config)
     _require(len(data.labels) > 0, "data.labels", list(data.labels), "name at least one label of the manifest")
     _require(len(set(data.labels)) == len(data.labels), "data.labels", list(data.labels), "name each label once")
@@ -246,9 +261,9 @@ def _check(config: Config) -> None:
         fix = "set train.batch_norm: frozen, since recomputed activations would move the statistics twice"
         _require(train.batch_norm == "frozen", "train.batch_norm (with gradient_checkpointing)", train.batch_norm, fix)
     if train.batch_norm != "frozen":
-        fix = "set data.last_batch: drop, since the repeated images of a padded batch would move the statistics"
+        fix = "set data.last_batch: drop or wrap, since the repeated images of a padded batch would move the statistics"
         key = "data.last_batch (where statistics move)"
-        _require(data.last_batch == "drop", key, data.last_batch, fix)
+        _require(data.last_batch != "pad", key, data.last_batch, fix)
     fix = "the warm-up must not outlast the run"
     _require(config.optim.warmup_epochs <= train.epochs, "optim.warmup_epochs", config.optim.warmup_epochs, fix)
     check_frozen(train)

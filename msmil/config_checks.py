@@ -1,4 +1,4 @@
-"""What types cannot tell of folds, frozen encoders and models: settings that exclude each other. Imports no torch."""
+"""What types cannot tell of data, engines and models: settings that exclude each other. Imports no torch."""
 
 from __future__ import annotations
 
@@ -52,6 +52,22 @@ def check_folds(data: DataConfig) -> None:
         one = len(data.labels) == 1
         require(one, f"{key} (with {len(data.labels)} data.labels)", "legacy", f"{fix}name the one label")
         require(data.fold_seed == 0, "data.fold_seed", data.fold_seed, f"{fix}leave it at 0: legacy folds have no seed")
+
+
+def check_order(data: DataConfig) -> None:
+    """Refuse a share of no patients, and whole exams together with what would cut or repeat them.
+
+    Raises:
+        UserError: naming the key, its value and the fix.
+    """
+    require(0 < data.fraction <= 1, "data.fraction", data.fraction, "give a number in 0 < x <= 1")
+    if data.fraction == 1:
+        require(data.fraction_seed == 0, "data.fraction_seed", data.fraction_seed, "set data.fraction too")
+    if data.group_by == "none":
+        return
+    for key, only in (("sampling", "uniform"), ("last_batch", "pad")):
+        value, name = getattr(data, key), f"data.{key} (with group_by: {data.group_by})"
+        require(value == only, name, value, f"set data.{key}: {only}, or data.group_by: none")
 
 
 def check_frozen(train: TrainConfig) -> None:

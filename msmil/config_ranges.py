@@ -53,7 +53,7 @@ _AT_LEAST_ONE = (
     "tracking.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "data.fold_seed", "data.workers", "bags.local_contrast", "tracking.images",
+    "seed", "data.fold_seed", "data.fraction_seed", "data.workers", "bags.local_contrast", "tracking.images",
     "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd", "bags.augment.cutout_count",
     "loss.instance_weight", "loss.composite_weight", "optim.backbone_lr_factor", "optim.weight_decay",
     "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",

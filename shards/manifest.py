@@ -128,8 +128,14 @@ class Manifest:
         """The shard of every row, an index of `shards`; read-only int32 [N]."""
         return self._shard_N
 
-    def label_NK(self, labels: Sequence[str]) -> npt.NDArray[np.int8]:  # noqa: N802
-        """1, 0 or -1 (unknown) for every row and asked label; int8 [N, K].
+    def packed(self) -> Manifest:
+        """The same folder with the splits that it was packed with: all that reading a row needs, and quick to send."""
+        return self if self._rows is None else Manifest(self.directory, self.header, self._table)
+
+    def label_NK(  # noqa: N802
+        self, labels: Sequence[str], rows: npt.NDArray[np.integer[Any]] | None = None
+    ) -> npt.NDArray[np.int8]:
+        """1, 0 or -1 (unknown) for every row (or those given) and asked label; int8 [N, K].
 
         Raises:
             UserError: the folder has no such label.
@@ -139,7 +145,10 @@ class Manifest:
                 fix = f"choose from {', '.join(self.labels)}"
                 raise UserError(f"no label {label!r}", fix=fix, file=self.directory / MANIFEST_NAME)
         columns = [samples.fixed(self._table, samples.LABEL_PREFIX + label) for label in labels]
-        return np.stack(columns, axis=1) if columns else np.empty((len(self), 0), np.int8)
+        if rows is not None:
+            columns = [column_N[rows] for column_N in columns]
+        count = len(self) if rows is None else len(rows)
+        return np.stack(columns, axis=1) if columns else np.empty((count, 0), np.int8)
 
     def text(self, column: str, rows: Iterable[int] | npt.NDArray[np.int64]) -> list[str]:
         """A column of texts at `rows`; the columns are those of samples.TEXT_COLUMNS."""
@@ -148,6 +157,11 @@ class Manifest:
         taken = self._table.column(column).take(pa.array(row_M))
         texts: list[str] = taken.cast(pa.string()).to_pylist()
         return texts
+
+    def code_N(self, column: str) -> npt.NDArray[np.int32]:  # noqa: N802
+        """A column of texts as numbers, equal for equal texts: no Python object per row; int32 [N]."""
+        assert column in samples.TEXT_COLUMNS, column
+        return samples.coded(self._table, column)
 
     def location(self, row: int) -> tuple[int, int, int, bytes]:
         """Shard, offset in bytes, length in bytes and SHA-256 of a row's image payload."""

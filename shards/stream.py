@@ -10,17 +10,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.errors import UserError
 from shards.features import FeatureReader, Features
 from shards.files import human_bytes
 from shards.manifest import Manifest
-from shards.plan import EpochPlan, Float32, Int64, rank_slice, worker_batches
+from shards.order import GroupBy, Sampling, train_plan
+from shards.plan import LastBatch, rank_slice, worker_batches
 from shards.reader import ShardReader
 from shards.types import Batch
 from shards.workers import start_server, start_worker
@@ -39,11 +41,13 @@ def train_stream(
     world: int,
     rank: int,
     start_batch: int,
-    last_batch: Literal["pad", "drop"],
+    last_batch: LastBatch,
     block_shards: int,
     workers: int,
     prefetch_batches: int,
     pin_memory: bool,
+    sampling: Sampling = "uniform",
+    group_by: GroupBy = "none",
     features: Features | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches of an epoch in order, `accumulation` for each global batch from `start_batch` on.
@@ -58,11 +62,13 @@ def train_stream(
         world: number of ranks.
         rank: this one.
         start_batch: global batches of this epoch that are done.
-        last_batch: fill the last global batch with weight 0, or leave its samples out.
+        last_batch: fill the last global batch with weight 0, leave its samples out, or fill it with the first ones.
         block_shards: samples are shuffled inside blocks of so many shards.
         workers: decoding processes; 0 decodes in this process.
         prefetch_batches: batches each decoding process keeps ready.
         pin_memory: page-locked memory, for copies to a GPU.
+        sampling: each image once, or draws from the classes of `labels` in turn (shards.balance).
+        group_by: exam keeps the images of an exam in one global batch (shards.exams).
         features: what to read instead of images.
 
     Raises:
@@ -76,16 +82,18 @@ def train_stream(
         batch_size=batch_size,
         last_batch=last_batch,
         block_shards=block_shards,
+        sampling=sampling,
+        group_by=group_by,
+        labels=labels,
     )
     assert 0 <= start_batch <= plan.num_batches
     parts = rank_slice(batch_size, world, rank, accumulation)
     columns = np.concatenate([np.arange(part.start, part.stop) for part in parts])
-    rows_GB, weight_GB = plan.batches
     share = _Share(
         manifest,
         labels=labels,
-        row_M=rows_GB[start_batch:, columns].reshape(-1),
-        weight_M=weight_GB[start_batch:, columns].reshape(-1),
+        row_M=plan.rows_GB[start_batch:, columns].reshape(-1),
+        counts_M=(columns < plan.filled_G[start_batch:, None]).reshape(-1),
         size=len(columns),
         features=features,
         images=features is None,
@@ -94,33 +102,11 @@ def train_stream(
     return _micro_batches(batches, len(columns) // accumulation)
 
 
-def train_plan(
-    manifest: Manifest,
-    *,
-    seed: int,
-    epoch: int,
-    batch_size: int,
-    last_batch: Literal["pad", "drop"],
-    block_shards: int,
-) -> EpochPlan:
-    """The order of a packed folder's training images in an epoch; the arguments are those of `train_stream`."""
-    row_M = manifest.rows("train")
-    return EpochPlan(
-        rows_M=row_M,
-        shard_M=manifest.shard_N()[row_M],
-        seed=seed,
-        epoch=epoch,
-        batch_size=batch_size,
-        last_batch=last_batch,
-        block_shards=block_shards,
-    )
-
-
 def evaluation_stream(
     manifest: Manifest,
     *,
     labels: Sequence[str],
-    rows: Int64,
+    rows: NDArray[np.int64],
     batch_size: int,
     workers: int,
     prefetch_batches: int,
@@ -134,12 +120,11 @@ def evaluation_stream(
     says whether they are read too where there are `features`. Errors are the same.
     """
     assert batch_size >= 1
-    row_M = np.asarray(rows, np.int64)
     share = _Share(
         manifest,
         labels=labels,
-        row_M=row_M,
-        weight_M=np.ones(len(row_M), np.float32),
+        row_M=np.asarray(rows, np.int32),
+        counts_M=np.ones(len(rows), np.bool_),
         size=batch_size,
         features=features,
         images=images,
@@ -175,7 +160,7 @@ class _Failure:
 class _Share(IterableDataset[Batch | _Failure]):
     """Rows cut into batches of `size`; a decoding process makes whole batches of them, in turn with the others.
 
-    A process gets arrays and the manifest's folder name, so no object per row.
+    A process gets the rows of this rank, whether each counts, and the name of the manifest's folder: five bytes a row.
     """
 
     def __init__(
@@ -183,19 +168,20 @@ class _Share(IterableDataset[Batch | _Failure]):
         manifest: Manifest,
         *,
         labels: Sequence[str],
-        row_M: Int64,
-        weight_M: Float32,
+        row_M: NDArray[np.int32],
+        counts_M: NDArray[np.bool_],
         size: int,
         features: Features | None = None,
         images: bool = True,
     ) -> None:
         assert images or features is not None
-        self.manifest = manifest
+        manifest.label_NK(labels, row_M[:0])  # an unknown label is said here, before a process starts
+        self.manifest = manifest.packed()
+        self.labels = tuple(labels)
         self.features = features
         self.images = images
-        self.label_MK = manifest.label_NK(labels)[row_M]
         self.row_M = row_M
-        self.weight_M = weight_M
+        self.counts_M = counts_M
         self.size = size
         self.num_batches = -(-len(row_M) // size)
         image_bytes = manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize if images else 0
@@ -218,20 +204,20 @@ class _Share(IterableDataset[Batch | _Failure]):
         row_B = self.row_M[part]
         return Batch(
             image_B1HW=None if images is None else self._images(images, row_B),
-            label_BK=torch.from_numpy(self.label_MK[part].copy()),
-            weight_B=torch.from_numpy(self.weight_M[part].copy()),
-            sample_B=torch.from_numpy(row_B.copy()),
+            label_BK=torch.from_numpy(self.manifest.label_NK(self.labels, row_B)),
+            weight_B=torch.from_numpy(self.counts_M[part].astype(np.float32)),
+            sample_B=torch.from_numpy(row_B.astype(np.int64)),
             levels=None if features is None else self._levels(features, row_B),
         )
 
-    def _images(self, reader: ShardReader, row_B: Int64) -> torch.Tensor:
+    def _images(self, reader: ShardReader, row_B: NDArray[np.int32]) -> torch.Tensor:
         manifest = self.manifest
         image_B1HW = np.empty((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
         for image_1HW, row in zip(image_B1HW, row_B.tolist(), strict=True):
             image_1HW[0] = reader.read(row)
         return torch.from_numpy(image_B1HW)
 
-    def _levels(self, reader: FeatureReader, row_B: Int64) -> dict[int, torch.Tensor]:
+    def _levels(self, reader: FeatureReader, row_B: NDArray[np.int32]) -> dict[int, torch.Tensor]:
         levels_B = [reader.read(row) for row in row_B.tolist()]
         return {level: torch.stack([levels[level] for levels in levels_B]) for level in reader.features.levels}
 

@@ -33,7 +33,7 @@ def write_tiny(folder: Path, shards: Path, **sections: Any) -> Path:
     tree = copy.deepcopy(TINY)
     for key, value in sections.items():
         tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value
-    tree["data"]["shards"] = str(shards)
+    tree["data"].setdefault("shards", str(shards))
     tree.setdefault("output_dir", str(folder / "runs"))
     file = folder / f"{tree['name']}.yaml"
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")

@@ -144,25 +144,31 @@ class BagLoss(nn.Module):
         return (loss_BK * weight_BK).sum(0)
 
 
-def auto_pos_weight(label_NK: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def auto_pos_weight(
+    label_NK: np.ndarray, labels: Sequence[str], share_N: np.ndarray | None = None
+) -> tuple[np.ndarray, list[str]]:
     """negatives / positives per label over its known values, and warnings for the user.
 
     Args:
         label_NK: 1, 0 or -1 (unknown).
         labels: names, for the warnings.
+        share_N: how often each image is drawn, where that is not alike; images count by it.
 
     Returns:
         weight_K (float64), and one text for each label that lacks positives or negatives: its weight is 1.
     """
-    positives_K, negatives_K = (label_NK == 1).sum(0), (label_NK == 0).sum(0)
+    count_N = np.ones(len(label_NK), np.int64) if share_N is None else share_N
+    positives_K, negatives_K = count_N @ (label_NK == 1), count_N @ (label_NK == 0)
     weights, warnings = [], []
-    for name, positives, negatives in zip(labels, positives_K.tolist(), negatives_K.tolist(), strict=True):
+    for k, (name, positives, negatives) in enumerate(
+        zip(labels, positives_K.tolist(), negatives_K.tolist(), strict=True)
+    ):
         if positives and negatives:
             weights.append(negatives / positives)
             continue
         weights.append(1.0)
         missing = "positives" if not positives else "negatives"
         warnings.append(
-            f"label {name} has no {missing} among its {positives + negatives} known training images: pos_weight 1"
+            f"label {name} has no {missing} among its {(label_NK[:, k] >= 0).sum()} known training images: pos_weight 1"
         )
     return np.asarray(weights), warnings

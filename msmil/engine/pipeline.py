@@ -103,8 +103,7 @@ def build_network(config: Config, image_hw: tuple[int, int], *, pretrained: bool
 
 def known_labels(manifest: Manifest, rows_N: np.ndarray, labels: tuple[str, ...]) -> np.ndarray:
     """label_NK (int8: 1, 0, -1 unknown) of these rows."""
-    label_NK: np.ndarray = manifest.label_NK(labels)[rows_N]
-    return label_NK
+    return manifest.label_NK(labels, rows_N)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

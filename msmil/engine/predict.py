@@ -27,7 +27,7 @@ from shards.types import Batch
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank predicted."""
+    """What one rank predicted, for the rows that the batches held."""
 
     row_M: np.ndarray
     probability_MK: np.ndarray
@@ -59,6 +59,7 @@ def predict_with_losses(
 def _predict(
     pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows_N: np.ndarray, loss: BagLoss | None
 ) -> tuple[list[Prediction], dict[str, float]]:
+    assert len(np.unique(rows_N)) == len(rows_N), "an image is asked for once"
     parts: list[_Part] = pipeline.runtime.gather(_predict_span(pipeline, module, rows_N, loss))
     row_N = np.concatenate([part.row_M for part in parts])
     assert np.array_equal(row_N, rows_N), "every image is predicted exactly once"
@@ -137,19 +138,21 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 def _predict_span(pipeline: Pipeline, module: nn.Module, rows_N: np.ndarray, loss: BagLoss | None) -> _Part:
     span = evaluation_span(len(rows_N), pipeline.runtime.world, pipeline.runtime.rank)
     rows_M = rows_N[span.start : span.stop]
+    row_M = [np.empty(0, np.int64)]
     probability, scale_probability, scale_weight = [], [], []
     losses: dict[str, float] = {}
     images, asks = pipeline.features is None, {} if loss is None else loss.asks
     for batch, _, output in _forward(pipeline, module, rows_M, images=images, asks=asks, what="predicting"):
         if loss is not None:
             _add(losses, _losses(pipeline, loss, batch, output, len(rows_N)))
+        row_M.append(batch.sample_B.numpy())
         probability.append(output.logit_BK.float().sigmoid().cpu().numpy())
         if output.scale_logit_SBK is not None:
             scale_probability.append(output.scale_logit_SBK.float().sigmoid().transpose(0, 1).cpu().numpy())
         if output.scale_weight_BKS is not None:
             scale_weight.append(output.scale_weight_BKS.float().cpu().numpy())
     return _Part(
-        row_M=rows_M,
+        row_M=np.concatenate(row_M),
         probability_MK=np.concatenate(probability) if probability else np.zeros((0, len(pipeline.labels)), np.float32),
         scale_probability_MSK=np.concatenate(scale_probability) if scale_probability else None,
         scale_weight_MKS=np.concatenate(scale_weight) if scale_weight else None,

@@ -9,7 +9,7 @@ import torch
 
 from msmil.config import Config
 from msmil.engine.checkpoint_state import newest, read_state
-from msmil.engine.data import check_trained_on, open_data
+from msmil.engine.data import check_trained_on, first_epoch, open_data
 from msmil.engine.environment import refuse_environment
 from msmil.engine.features import choose_levels, open_features
 from msmil.engine.pipeline import build_network
@@ -20,7 +20,6 @@ from msmil.models.weights import check_weights
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.plan import rank_slice
-from shards.stream import train_plan
 
 _COPIES = 3  # weights and Adam's two moments
 
@@ -57,14 +56,7 @@ def check_experiment(config: Config, world: int) -> Manifest:
 
 def check_splits(config: Config, manifest: Manifest) -> None:
     """Refuse data sets without a whole global batch to train on, or without validation images."""
-    train_plan(
-        manifest,
-        seed=config.seed,
-        epoch=0,
-        batch_size=config.train.batch_size,
-        last_batch=config.data.last_batch,
-        block_shards=config.data.shuffle_block_shards,
-    )
+    first_epoch(config, manifest)
     if len(manifest.rows("val")) == 0:
         fix = "pack again with --validation-fraction or --validation-fold"
         raise UserError("there are no validation images", file=manifest.directory, fix=fix)

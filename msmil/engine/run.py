@@ -17,7 +17,7 @@ from msmil.config_io import dump_config
 from msmil.engine.board import has_maps, start_of_run
 from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest
-from msmil.engine.data import check_trained_on
+from msmil.engine.data import check_trained_on, describe_epoch, first_epoch
 from msmil.engine.data_summary import describe_data
 from msmil.engine.ddp import DdpEngine
 from msmil.engine.engines import Engine
@@ -34,8 +34,8 @@ from msmil.models.backbone import freeze_statistics, set_gradient_checkpointing
 from msmil.models.mil import MILModel
 from msmil.models.weights import load_weights
 from msmil.types import TrainState
+from shards.balance import draw_share, label_classes
 from shards.errors import UserError
-from shards.stream import train_plan
 
 
 @dataclass
@@ -143,19 +143,13 @@ def validated_network(run: Run) -> MILModel:
 def make_schedule(pipeline: Pipeline) -> Schedule:
     """Lengths of the run in steps."""
     config = pipeline.config
-    plan = train_plan(
-        pipeline.manifest,
-        seed=config.seed,
-        epoch=0,
-        batch_size=config.train.batch_size,
-        last_batch=config.data.last_batch,
-        block_shards=config.data.shuffle_block_shards,
-    )
+    plan = first_epoch(config, pipeline.manifest)
+    log.info("%s", describe_epoch(plan, pipeline.labels))
     steps = plan.num_batches
     total = steps * config.train.epochs
     return Schedule(
         steps_per_epoch=steps,
-        samples_per_epoch=min(steps * config.train.batch_size, len(plan.rows_M)),
+        samples_G=plan.filled_G,
         total_steps=total,
         warmup_steps=round(steps * config.optim.warmup_epochs),
         uniform_steps=total * config.loss.uniform_attention_share,
@@ -163,12 +157,14 @@ def make_schedule(pipeline: Pipeline) -> Schedule:
 
 
 def make_loss(pipeline: Pipeline) -> BagLoss:
-    """The loss with its pos_weight, from the training images where the configuration says auto."""
+    """The loss with its pos_weight, from the training images as often as they are drawn where it is auto."""
     config, labels = pipeline.config, pipeline.labels
     chosen = config.loss.pos_weight
     if chosen == "auto":
         label_NK = known_labels(pipeline.manifest, pipeline.manifest.rows("train"), labels)
-        weight_K, warnings = auto_pos_weight(label_NK, labels)
+        balanced = config.data.sampling == "class_balanced"
+        share_N = draw_share(label_classes(label_NK, labels)) if balanced else None
+        weight_K, warnings = auto_pos_weight(label_NK, labels, share_N)
         for warning in warnings if pipeline.runtime.is_main else ():
             log.warning(warning)
     else:

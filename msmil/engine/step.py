@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -44,12 +46,12 @@ class StepReport:
     own_s: tuple[float, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Schedule:
-    """Lengths of a run in optimizer steps."""
+    """Lengths of a run in optimizer steps, and how many images each step of an epoch holds (its padding left out)."""
 
     steps_per_epoch: int
-    samples_per_epoch: int
+    samples_G: NDArray[np.int32]
     total_steps: int
     warmup_steps: int
     uniform_steps: float

@@ -127,13 +127,12 @@ def train_epoch(run: Run, epoch: int) -> None:
 
 def after_step(run: Run, epoch: int, batch_index: int) -> TrainState:
     """The state once a step is done; padding does not count as seen."""
-    size = run.pipeline.config.train.batch_size
     return replace(
         run.state,
         step=run.state.step + 1,
         epoch=epoch,
         batches_done=batch_index + 1,
-        samples_seen=run.state.samples_seen + min(size, run.schedule.samples_per_epoch - batch_index * size),
+        samples_seen=run.state.samples_seen + int(run.schedule.samples_G[batch_index]),
     )
 
 
@@ -158,6 +157,8 @@ def micro_batches(pipeline: Pipeline, epoch: int, *, start_batch: int) -> Iterat
             start_batch=start_batch,
             last_batch=config.data.last_batch,
             block_shards=config.data.shuffle_block_shards,
+            sampling=config.data.sampling,
+            group_by=config.data.group_by,
             workers=config.data.workers,
             prefetch_batches=config.data.prefetch_batches,
             pin_memory=runtime.device.type == "cuda",

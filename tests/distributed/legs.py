@@ -2,7 +2,8 @@
 
 A leg is {"config": file, "until": step, "out": file, "dtype": "float32", "threshold": parameters below this size stay
 whole under ZeRO-3}. It opens the run as `msmil train` does (resuming if there is a checkpoint), trains to a step in
-the middle of an epoch or behind it, and saves.
+the middle of an epoch or behind it, and saves. With "predict" it then predicts: whole splits, and fewer images than
+ranks. With "refused" it expects that the run cannot be opened, and writes what each rank was told.
 """
 
 from __future__ import annotations
@@ -11,22 +12,27 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
 
+from msmil.config import Config
 from msmil.config_io import load_config
+from msmil.engine import predict as predict_module
 from msmil.engine import runtime as runtime_module
 from msmil.engine.ddp import DdpEngine
 from msmil.engine.engines import Engine
-from msmil.engine.run import Run, open_run
+from msmil.engine.run import Run, open_run, validated_network
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import PhaseTimer
 from msmil.engine.train import after_step, open_stream, save, stepper_of_epoch
+from shards.errors import UserError
+from shards.stream import evaluation_stream
 from shards.types import Batch
 
 _CONFIG = runtime_module.deepspeed_config
@@ -44,6 +50,9 @@ def train_leg(leg: dict[str, Any]) -> None:
     runtime_module.deepspeed_config = lambda *a, **k: _with_threshold(_CONFIG(*a, **k), leg.get("threshold"))
     config = load_config(leg["config"])
     runtime = Runtime(config.train)
+    if leg.get("refused"):
+        write_refusals(config, runtime, leg["out"])
+        return
     run = open_run(config, runtime)
     dtype = getattr(torch, leg.get("dtype", "float32"))
     if dtype == torch.float64:
@@ -52,7 +61,12 @@ def train_leg(leg: dict[str, Any]) -> None:
     gradients: dict[str, torch.Tensor] = {}
     while run.state.step < leg["until"]:
         train_epoch_until(run, leg["until"], told, gradients)
-    save(run)
+    told["seen"] = run.state.samples_seen
+    if told["losses"]:
+        save(run)
+    if leg.get("predict"):
+        run.stepper = run.stepper or stepper_of_epoch(run, run.state.epoch)
+        told["predictions"] = predict_all(run)
     told["samples"] = [
         sorted(sample for part in ranks for sample in part)
         for ranks in zip(*runtime.gather(told["samples"]), strict=True)
@@ -64,6 +78,40 @@ def train_leg(leg: dict[str, Any]) -> None:
         run.tracker.close()
     run.folder.close()
     runtime.barrier()
+
+
+def write_refusals(config: Config, runtime: Runtime, out: str) -> None:
+    told = "it was opened"
+    try:
+        open_run(config, runtime)
+    except UserError as error:
+        told = str(error)
+    every = runtime.gather(told)
+    if runtime.is_main:
+        Path(out).write_text(json.dumps(every))
+    runtime.barrier()
+
+
+def predict_all(run: Run) -> dict[str, Any]:
+    """Predictions [image, probabilities] of several sets of rows, and the samples that each rank forwarded."""
+    manifest = run.pipeline.manifest
+    rows = {"val": manifest.rows("val"), "test": manifest.rows("test")}
+    rows |= {"two": rows["test"][3:5], "one": rows["test"][7:8]}
+    found: dict[str, Any] = {}
+    for name, rows_N in rows.items():
+        seen: list[tuple[int, str]] = []
+        with mock.patch.object(predict_module, "evaluation_stream", watched_stream(seen)):
+            predictions = predict_module.predict(run.pipeline, validated_network(run), run.network.scales, rows_N)
+        found[name] = {
+            "rows": rows_N.tolist(),
+            "predictions": [[p.image_id, [*p.probability.values(), *p.scale_weight.values()]] for p in predictions],
+            "forwarded": run.pipeline.runtime.gather(seen),
+        }
+    return found
+
+
+def watched_stream(seen: list[tuple[int, str]]) -> Callable[..., Iterator[Batch]]:
+    return lambda *arguments, **more: watched(evaluation_stream(*arguments, **more), seen)
 
 
 def train_epoch_until(run: Run, until: int, told: dict[str, Any], gradients: dict[str, torch.Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,18 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Told:
-    """What a leg wrote: the losses of its steps, and (row, digest of the pixels) of the samples that each received."""
+    """What a leg wrote: the losses of its steps, and (row, digest of the pixels) of the samples that each received.
+
+    seen: samples of weight 1 that the run has counted; predictions: see legs.predict_all.
+    """
 
     world: int
     start: int
     losses: list[float]
     samples: list[list[list[Any]]]
     gradients: dict[str, Tensor]
+    seen: int
+    predictions: dict[str, Any] = field(default_factory=dict)
 
 
 class Runs:
@@ -41,7 +46,10 @@ class Runs:
         self.folder, self.packed = folder, packed
 
     def leg(self, name: str, until: int, *, run: str | None = None, **settings: Any) -> dict[str, Any]:
-        """A leg called `name` of the run `run` up to a step; train, model words and dtype, threshold as settings."""
+        """A leg called `name` of the run `run` up to a step.
+
+        Settings: words of the sections train, model and data; dtype, threshold, predict, refused (see legs.py).
+        """
         folder = self.folder / name
         folder.mkdir()
         backbone = {"backbone_options": {"channels": [8, 8, 16, 16], "stem_width": 8, "zero_init_last": False}}
@@ -55,9 +63,10 @@ class Runs:
             train={"epochs": 8, "batch_size": 6, "channels_last": False} | settings.get("train", {}),
             loss={"instance_weight": 1.0, "composite_weight": 1.0},
             model=backbone | settings.get("model", {}),
+            data=settings.get("data", {}),
             bags={"augment": {"rotation_deg": 5, "gain": 0.2, "noise_sd": 0.02}},
         )
-        more = {key: settings[key] for key in ("dtype", "threshold") if key in settings}
+        more = {key: settings[key] for key in ("dtype", "threshold", "predict", "refused") if key in settings}
         return {"config": str(config), "until": until, "out": str(self._out(name)), **more}
 
     def train(self, ranks: int, legs: Sequence[dict[str, Any]]) -> None:
@@ -70,6 +79,11 @@ class Runs:
         """What a leg wrote."""
         gradients = torch.load(f"{self._out(name)}.gradients", weights_only=True)
         return Told(gradients=gradients, **json.loads(self._out(name).read_text()))
+
+    def refusals(self, name: str) -> list[str]:
+        """What each rank was told when it opened the run of a leg."""
+        told: list[str] = json.loads(self._out(name).read_text())
+        return told
 
     def saved(self, run: str, step: int) -> dict[str, Tensor]:
         """Every tensor of a checkpoint: weights, moments, averaged weights."""

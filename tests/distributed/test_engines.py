@@ -1,11 +1,15 @@
-"""The same global batches give the same training: on any number of ranks, under every engine."""
+"""The same global batches give the same training: on any number of ranks, under every engine, in every order."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from shards.manifest import read_manifest
+from tests.archives import LABELS
+from tests.distributed.order import BATCH, ORDERS, TOO_FEW, order_legs, pack_unusual
 from tests.distributed.runs import Runs, zero
 
 pytestmark = pytest.mark.slow
@@ -28,11 +32,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
     """One rank; two ranks under every engine; three under DDP."""
     runs = Runs(tmp_path_factory.mktemp("engines"), packed)
     bf16 = {"precision": "bf16"}
-    runs.train(1, [runs.leg("one", STEPS), runs.leg("one_double", STEPS, dtype="float64")])
+    pack_unusual(runs.folder)
+    runs.train(1, [runs.leg("one", STEPS), runs.leg("one_double", STEPS, dtype="float64"), *order_legs(runs, 1)])
     legs = [runs.leg(name, STEPS, train=words, threshold=0) for name, words in ENGINES.items()]
     legs += [runs.leg("bf16", STEPS, train=bf16), runs.leg("zero2_bf16", STEPS, train=zero(2, **bf16))]
-    runs.train(2, legs)
-    runs.train(3, [runs.leg("double", STEPS, dtype="float64")])
+    runs.train(2, [*legs, *order_legs(runs, 2)])
+    runs.train(3, [runs.leg("double", STEPS, dtype="float64"), *order_legs(runs, 3)])
     return runs
 
 
@@ -76,3 +81,77 @@ def test_every_epoch_is_exact(runs: Runs) -> None:
     first = sorted(row for step in rows[:count] for row in step)
     assert first == sorted(set(first))
     assert rows[:3] != rows[count : count + 3]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", ORDERS)
+def test_in_every_order_steps_receive_what_they_do_on_one_rank(runs: Runs, ranks: int, name: str) -> None:
+    told, one = runs.told(f"{name}_{ranks}"), runs.told(f"{name}_1")
+    assert told.samples == one.samples
+    assert told.losses == pytest.approx(one.losses, rel=1e-5)
+    assert told.seen == one.seen == sum(map(len, told.samples))
+
+
+def test_decoding_processes_change_nothing(runs: Runs) -> None:
+    assert runs.told("workers").samples == runs.told("pad_1").samples
+
+
+def test_the_options_of_the_order_hold_for_what_steps_received(runs: Runs, packed: Path) -> None:
+    manifest = read_manifest(packed)
+    train = manifest.rows("train").tolist()
+    exam_of = dict(zip(train, manifest.text("exam_id", manifest.rows("train")), strict=True))
+    steps = -(-len(train) // BATCH)
+
+    def epoch(name: str, count: int = steps) -> list[list[int]]:
+        return [[row for row, _ in step] for step in runs.told(f"{name}_3").samples[:count]]
+
+    for name in ("pad", "exams", "one_shard", "unequal"):
+        assert sorted(row for step in epoch(name) for row in step) == train
+    for step in epoch("exams"):
+        assert all({row for row in train if exam_of[row] == exam_of[own]} <= set(step) for own in step)
+    wrapped = [row for step in epoch("wrap") for row in step]
+    assert len(wrapped) == steps * BATCH
+    assert set(wrapped) == set(train)
+    label_NK = manifest.label_NK(LABELS)
+    for step in epoch("balanced"):
+        label_BK = label_NK[step]
+        rest = int((label_BK == 0).all(axis=1).sum())
+        assert abs(rest - len(step) / 3) < 1, "a third of each batch has none of the two labels"
+    share = {exam_of[row] for step in epoch("share", 9) for row in step}
+    assert sorted({row for step in epoch("share", 9) for row in step}) == [r for r in train if exam_of[r] in share]
+    assert 0.3 * len(train) < 4 * len(share) < 0.7 * len(train)
+
+
+@pytest.mark.parametrize("name", ["predict_2", "predict_3", "predict_zero"])
+def test_every_image_is_predicted_once_and_alike_on_any_number_of_ranks(runs: Runs, name: str) -> None:
+    """Two images and one image are fewer than three ranks."""
+    told, one = runs.told(name), runs.told("predict_1")
+    assert set(told.predictions) == {"val", "test", "two", "one"}
+    for split, found in told.predictions.items():
+        expected = one.predictions[split]
+        assert found["rows"] == expected["rows"]
+        assert [row for rank in found["forwarded"] for row, _ in rank] == found["rows"]
+        assert [each for rank in found["forwarded"] for each in rank] == expected["forwarded"][0]
+        assert [image for image, _ in found["predictions"]] == [image for image, _ in expected["predictions"]]
+        numbers = [np.array([values for _, values in part["predictions"]]) for part in (found, expected)]
+        np.testing.assert_allclose(*numbers, rtol=0, atol=1e-6)
+
+
+def test_ranks_without_images_predict_nothing(runs: Runs) -> None:
+    found = runs.told("predict_3").predictions
+    assert [len(rank) for rank in found["one"]["forwarded"]] == [0, 0, 1]
+    assert [len(rank) for rank in found["two"]["forwarded"]] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("name", ["one_shard", "unequal"])
+def test_shards_of_any_size_are_evaluated_exactly_once(runs: Runs, name: str, ranks: int) -> None:
+    for found in runs.told(f"{name}_{ranks}").predictions.values():
+        assert [row for rank in found["forwarded"] for row, _ in rank] == found["rows"]
+
+
+def test_more_places_than_samples_are_refused_on_all_ranks_alike(runs: Runs) -> None:
+    told = runs.refusals(TOO_FEW)
+    assert len(told) == 3
+    assert len(set(told)) == 1
+    assert "samples for a global batch of 96. Fix: lower the batch size to at most" in told[0]

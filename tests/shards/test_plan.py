@@ -18,6 +18,31 @@ WORKERS = [1, 2, 3, 5]
 SHARD_SIZES = [(100,), (7,) * 15, (1,) * 40, (50, 1, 1, 30, 3, 20), (16, 16, 16)]
 
 
+def classes(samples):
+    """Two labels, one of them rare, and the rest; the last two samples are in no class."""
+    class_MC = np.zeros((samples, 3), bool)
+    class_MC[::9, 0] = class_MC[::4, 1] = True
+    class_MC[:, 2] = ~class_MC.any(axis=1)
+    class_MC[-2:] = False
+    return class_MC
+
+
+def exams(samples):
+    """Exams of one to five images."""
+    sizes = np.resize([4, 4, 3, 4, 1, 4, 5, 2], samples)
+    return np.repeat(np.arange(samples), sizes)[:samples]
+
+
+KINDS = {
+    "pad": lambda samples: {"last_batch": "pad"},
+    "drop": lambda samples: {"last_batch": "drop"},
+    "wrap": lambda samples: {"last_batch": "wrap"},
+    "balanced": lambda samples: {"class_MC": classes(samples)},
+    "balanced_wrap": lambda samples: {"class_MC": classes(samples), "last_batch": "wrap"},
+    "exams": lambda samples: {"exam_M": exams(samples)},
+}
+
+
 def make_plan(shard_sizes=(10,) * 10, **changes):
     shard_M = np.repeat(np.arange(len(shard_sizes)), shard_sizes).astype(np.int32)
     rows_M = 5 + 3 * np.arange(len(shard_M))  # rows of a split are not 0..M-1
@@ -31,6 +56,12 @@ def make_plan(shard_sizes=(10,) * 10, **changes):
         "block_shards": 4,
     }
     return EpochPlan(**(fields | changes))
+
+
+def arrays(plan):
+    """Rows and weights [G, B] of an epoch."""
+    rows, weights = zip(*map(plan.batch, range(plan.num_batches)), strict=True)
+    return np.stack(rows), np.stack(weights)
 
 
 def walk(plan, world, accumulation, workers, start=0):
@@ -52,10 +83,10 @@ def walk(plan, world, accumulation, workers, start=0):
     return seen
 
 
-@pytest.mark.parametrize("last_batch", ["pad", "drop"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shard_sizes", SHARD_SIZES)
-def test_a_global_batch_is_the_same_set_for_every_world_accumulation_and_worker_count(shard_sizes, last_batch):
-    plan = make_plan(shard_sizes, last_batch=last_batch)
+def test_a_global_batch_is_the_same_set_for_every_world_accumulation_and_worker_count(shard_sizes, kind):
+    plan = make_plan(shard_sizes, **KINDS[kind](sum(shard_sizes)))
     expected = {g: sorted(zip(*(x.tolist() for x in plan.batch(g)), strict=True)) for g in range(plan.num_batches)}
     for world, accumulation in LAYOUTS:
         for workers in WORKERS:
@@ -66,7 +97,7 @@ def test_a_global_batch_is_the_same_set_for_every_world_accumulation_and_worker_
 @pytest.mark.parametrize("shard_sizes", SHARD_SIZES)
 def test_with_padding_every_sample_comes_exactly_once_with_weight_one(shard_sizes):
     plan = make_plan(shard_sizes, last_batch="pad")
-    rows_GB, weight_GB = plan.batches
+    rows_GB, weight_GB = arrays(plan)
     assert sorted(rows_GB[weight_GB == 1].tolist()) == plan.rows_M.tolist()
     # The rest is padding: weight 0, in the last batch only, made of that batch's own samples.
     assert set(np.unique(weight_GB)) <= {0, 1}
@@ -77,34 +108,58 @@ def test_with_padding_every_sample_comes_exactly_once_with_weight_one(shard_size
 @pytest.mark.parametrize("shard_sizes", SHARD_SIZES)
 def test_with_drop_only_whole_batches_come_and_no_sample_twice(shard_sizes):
     plan = make_plan(shard_sizes, last_batch="drop")
-    rows_GB, weight_GB = plan.batches
+    rows_GB, weight_GB = arrays(plan)
     assert rows_GB.shape == (len(plan.rows_M) // 16, 16)
     assert (weight_GB == 1).all()
     assert len(np.unique(rows_GB)) == rows_GB.size
     padded = make_plan(shard_sizes, last_batch="pad")
-    np.testing.assert_array_equal(rows_GB, padded.batches[0][: plan.num_batches])
+    np.testing.assert_array_equal(rows_GB, padded.rows_GB[: plan.num_batches])
 
 
-@pytest.mark.parametrize("start", [0, 1, 4, 6, 7])
+@pytest.mark.parametrize("shard_sizes", SHARD_SIZES)
+def test_with_wrap_the_last_batch_is_filled_with_the_first_samples_again(shard_sizes):
+    rows_GB, weight_GB = arrays(make_plan(shard_sizes, last_batch="wrap"))
+    assert (weight_GB == 1).all()
+    padded, samples = make_plan(shard_sizes), sum(shard_sizes)
+    assert rows_GB.ravel()[:samples].tolist() == padded.rows_GB.ravel()[:samples].tolist()
+    assert rows_GB.ravel()[samples:].tolist() == rows_GB.ravel()[: rows_GB.size - samples].tolist()
+    assert rows_GB.shape == padded.rows_GB.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_epochs_have_the_same_steps_and_samples_seen(kind):
+    plans = [make_plan(epoch=epoch, **KINDS[kind](100)) for epoch in range(4)]
+    assert len({plan.filled_G.tobytes() for plan in plans}) == 1
+    assert all(plan.rows_GB.shape == (plan.num_batches, 16) for plan in plans)
+    seen = int((arrays(plans[0])[1] > 0).sum())
+    assert seen == plans[0].filled_G.sum() == {"drop": 96, "wrap": 112, "balanced_wrap": 112}.get(kind, 100)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [0, 1, 4, 5])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_a_resume_from_any_batch_on_any_world_goes_on_exactly(start, world):
-    plan = make_plan()
+def test_a_resume_from_any_batch_on_any_world_goes_on_exactly(start, world, kind):
+    plan = make_plan(**KINDS[kind](100))
     whole = walk(plan, world=2, accumulation=1, workers=3)
-    again = make_plan()  # a new process
+    again = make_plan(**KINDS[kind](100))  # a new process
     rest = walk(again, world=world, accumulation=1, workers=2, start=start)
-    assert {g: sorted(pairs) for g, pairs in rest.items()} == {g: sorted(whole[g]) for g in range(start, 7)}
+    assert {g: sorted(pairs) for g, pairs in rest.items()} == {
+        g: sorted(whole[g]) for g in range(start, plan.num_batches)
+    }
 
 
-def test_epochs_and_seeds_differ_and_repeat():
-    order = make_plan().batches[0]
-    np.testing.assert_array_equal(order, make_plan().batches[0])
-    for other in (make_plan(epoch=3), make_plan(seed=4)):
-        assert (other.batches[0] != order).mean() > 0.8
+@pytest.mark.parametrize("kind", KINDS)
+def test_epochs_and_seeds_differ_and_repeat(kind):
+    words = KINDS[kind](100)
+    order = make_plan(**words).rows_GB
+    np.testing.assert_array_equal(order, make_plan(**words).rows_GB)
+    for other in (make_plan(epoch=3, **words), make_plan(seed=4, **words)):
+        assert (other.rows_GB != order).mean() > 0.8
 
 
 def test_the_order_is_what_it_was_when_runs_were_first_recorded():
     plan = make_plan((3, 3, 3), batch_size=3, block_shards=2, seed=0, epoch=0)
-    assert plan.batches[0].tolist() == [[26, 17, 20], [14, 23, 29], [5, 8, 11]]
+    assert plan.rows_GB.tolist() == [[26, 17, 20], [14, 23, 29], [5, 8, 11]]
 
 
 def test_a_batch_reads_from_few_shards():
@@ -113,15 +168,24 @@ def test_a_batch_reads_from_few_shards():
     for g in range(plan.num_batches):
         # A batch lies in one block of 4 shards, or across the border of two.
         assert len({shard_of[row] for row in plan.batch(g)[0].tolist()}) <= 8
-    first_block = {shard_of[row] for row in plan.batches[0][:5].ravel().tolist()}
+    first_block = {shard_of[row] for row in plan.rows_GB[:5].ravel().tolist()}
     assert len(first_block) == 4
     assert max(first_block) - min(first_block) > 3  # shards are permuted, not only samples
 
 
 def test_samples_are_mixed_inside_a_block():
     plan = make_plan((50, 50), block_shards=2)
-    half = plan.shard_M[np.searchsorted(plan.rows_M, plan.batches[0][:3].ravel())]
+    half = plan.shard_M[np.searchsorted(plan.rows_M, plan.rows_GB[:3].ravel())]
     assert 0.2 < half.mean() < 0.8
+
+
+@pytest.mark.parametrize("kind", ["balanced", "exams"])
+def test_balanced_and_whole_exam_batches_read_from_few_shards_too(kind):
+    plan = make_plan((20,) * 64, block_shards=4, **KINDS[kind](1280))
+    shard_of = dict(zip(plan.rows_M.tolist(), plan.shard_M.tolist(), strict=True))
+    shards = [len({shard_of[row] for row in rows_B}) for rows_B in plan.rows_GB.tolist()]
+    assert np.mean(shards) < 16 * 0.7  # of three classes, or of five sizes, which lie apart; 14.2 of 64 by chance
+    assert len({shard_of[row] for row in plan.rows_GB.ravel().tolist()}) == 64
 
 
 @given(
@@ -136,7 +200,7 @@ def test_any_plan_is_a_permutation(sizes, batch_size, block_shards, seed, epoch)
     if sum(sizes) < batch_size:
         sizes = [*sizes, batch_size]
     plan = make_plan(sizes, batch_size=batch_size, block_shards=block_shards, seed=seed, epoch=epoch)
-    rows_GB, weight_GB = plan.batches
+    rows_GB, weight_GB = arrays(plan)
     assert plan.num_batches == -(-sum(sizes) // batch_size) == len(rows_GB)
     assert sorted(rows_GB[weight_GB > 0].tolist()) == plan.rows_M.tolist()
 
@@ -181,9 +245,11 @@ def test_evaluation_spans_are_disjoint_complete_and_even(num_samples, world):
     assert max(map(len, spans)) - min(map(len, spans)) <= 1
 
 
-def test_a_million_rows_are_ordered_fast():
-    plan = make_plan((500,) * 2000, batch_size=64, block_shards=16)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_million_rows_are_ordered_fast(kind):
+    words = KINDS[kind](1_000_000)
     start = time.process_time()
-    rows_GB, _ = plan.batches
-    assert time.process_time() - start < 1.0  # 0.2 s on an idle core
-    assert rows_GB.shape == (15625, 64)
+    plan = make_plan((500,) * 2000, batch_size=64, block_shards=16, **words)
+    rows_GB = plan.rows_GB
+    assert time.process_time() - start < 2.0  # `python -m tests.benchmarks.order` says how long
+    assert len(rows_GB) == plan.num_batches >= 15625

@@ -14,13 +14,13 @@ import torch
 from shards import stream as stream_module
 from shards.errors import UserError
 from shards.manifest import Manifest, read_manifest
+from shards.order import train_plan
 from shards.pack import pack
-from shards.plan import EpochPlan
 from shards.reader import ShardReader
 from shards.recipes import AsIs
 from shards.sources.grouped_table import read_grouped_table
 from shards.stream import evaluation_stream, train_stream
-from shards.types import Batch
+from shards.types import SPLITS, Batch
 from tests.archives import LABELS, make_grouped_archive
 
 ORDER = {"seed": 3, "epoch": 1, "batch_size": 8, "last_batch": "pad", "block_shards": 2}
@@ -43,8 +43,7 @@ def evaluating(manifest, rows, **changes):
 
 
 def plan_of(manifest, **changes):
-    row_M = manifest.rows("train")
-    return EpochPlan(rows_M=row_M, shard_M=manifest.shard_N()[row_M], **(ORDER | changes))
+    return train_plan(manifest, labels=LABELS, **(ORDER | changes))
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -96,6 +95,22 @@ def test_labels_come_in_the_order_asked_for(manifest):
     assert next(training(manifest, labels=LABELS[:1])).label_BK.shape == (8, 1)
 
 
+def test_with_whole_exams_the_images_of_an_exam_lie_side_by_side_in_one_batch(manifest):
+    batches = list(training(manifest, group_by="exam"))
+    exams = [manifest.text("exam_id", batch.sample_B[batch.weight_B > 0].numpy()) for batch in batches]
+    assert sorted(exam for of_batch in exams for exam in of_batch) == sorted(
+        manifest.text("exam_id", manifest.rows("train"))
+    )
+    assert all(of_batch[i] == of_batch[i - i % 4] for of_batch in exams for i in range(len(of_batch)))
+    assert len({exam for of_batch in exams for exam in set(of_batch)}) == sum(len(set(of_batch)) for of_batch in exams)
+
+
+def test_class_balanced_batches_hold_as_many_of_each_label_and_of_none(manifest):
+    for batch in training(manifest, sampling="class_balanced", batch_size=9, labels=LABELS[:1], last_batch="drop"):
+        positives = int((batch.label_BK == 1).sum())
+        assert positives in {4, 5}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("changes", [{}, {"world": 2, "rank": 1, "accumulation": 2}, {"start_batch": 3}])
@@ -108,11 +123,12 @@ def test_any_number_of_processes_gives_the_same_batches_in_the_same_order(manife
         assert all(map(same, batches, expected))
 
 
+@pytest.mark.parametrize("order", [{}, {"last_batch": "wrap"}, {"sampling": "class_balanced"}, {"group_by": "exam"}])
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2), (8, 1)])
 @pytest.mark.parametrize("start_batch", [0, 2])
-def test_ranks_and_micro_steps_together_make_the_global_batch(manifest, world, accumulation, start_batch):
-    plan = plan_of(manifest)
-    layout = {"world": world, "accumulation": accumulation, "start_batch": start_batch}
+def test_ranks_and_micro_steps_together_make_the_global_batch(manifest, world, accumulation, start_batch, order):
+    plan = plan_of(manifest, **order)
+    layout = {"world": world, "accumulation": accumulation, "start_batch": start_batch} | order
     ranks = [list(training(manifest, rank=rank, **layout)) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {accumulation * (plan.num_batches - start_batch)}
     assert {len(batch.sample_B) for batches in ranks for batch in batches} == {8 // world // accumulation}
@@ -208,8 +224,10 @@ def test_too_little_shared_memory_is_said_before_the_loader_hangs(manifest, monk
 
 def test_what_is_sent_to_a_process_grows_by_a_few_bytes_a_sample(manifest):
     def sent(count: int) -> int:
-        row_M, weight_M = np.zeros(count, np.int64), np.ones(count, np.float32)
-        share = stream_module._Share(manifest, labels=LABELS, row_M=row_M, weight_M=weight_M, size=8)
+        row_M, counts_M = np.zeros(count, np.int32), np.ones(count, np.bool_)
+        share = stream_module._Share(of_fold, labels=LABELS, row_M=row_M, counts_M=counts_M, size=8)
         return len(pickle.dumps(share))
 
-    assert sent(100_000) - sent(1000) < 99_000 * 16
+    of_fold = manifest.with_rows({split: np.arange(100_000) for split in SPLITS}, fingerprint="f")
+    assert sent(1000) < 10_000
+    assert sent(100_000) - sent(1000) < 99_000 * 5.1

@@ -14,6 +14,7 @@ from torch import Tensor
 from msmil.config import LossConfig
 from msmil.engine.losses import BagLoss, LossParts, auto_pos_weight
 from msmil.types import BagOutput
+from shards.balance import draw_share, label_classes
 
 SCALES = (8, 16)
 WITH_INSTANCES = LossConfig(instance_weight=0.5, composite_weight=0.25, top_fractions=(0.1, 0.5))
@@ -215,6 +216,16 @@ class TestAutoPosWeight:
         weight_K, warnings = auto_pos_weight(label_NK, ["Mass", "Asymmetry"])
         assert weight_K.tolist() == [3.0, 0.5]
         assert warnings == []
+
+    def test_images_count_as_often_as_they_are_drawn(self) -> None:
+        label_NK = np.array([[1, 0], [0, 1], [0, 0], [0, 0], [0, 0], [-1, -1]], dtype=np.int8)
+        share_N = draw_share(label_classes(label_NK, ["Mass", "Calc"]))
+        np.testing.assert_allclose(share_N, [1 / 3, 1 / 3, 1 / 9, 1 / 9, 1 / 9, 0])
+        weight_K, warnings = auto_pos_weight(label_NK, ["Mass", "Calc"], share_N)
+        np.testing.assert_allclose(weight_K, [2, 2])
+        assert warnings == []
+        one = label_NK[:5, :1]
+        assert auto_pos_weight(one, ["Mass"], draw_share(label_classes(one, ["Mass"])))[0] == pytest.approx([1])
 
     @pytest.mark.parametrize(("positives", "weight"), [(894, 16.90), (337, 46.48)])
     def test_the_ratios_measured_on_the_training_images_of_vindr(self, positives: int, weight: float) -> None:

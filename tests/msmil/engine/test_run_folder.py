@@ -70,6 +70,20 @@ def test_the_learning_rate_how_steps_are_computed_and_what_moves_no_weight_may_c
     trained(tmp_path, Config()).check(config_from_dict(tree))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("last_batch", "wrap"), ("sampling", "class_balanced"), ("group_by", "exam"), ("fraction", 0.5),
+        ("fraction_seed", 1), ("shuffle_block_shards", 2),
+    ],
+)  # fmt: skip
+def test_nothing_that_changes_the_order_may_change(tmp_path: Path, key: str, value: object) -> None:
+    before = {"fraction": 0.75} if key == "fraction_seed" else {}
+    folder = trained(tmp_path, config_from_dict({"data": before}))
+    with pytest.raises(UserError, match=f"data.{key} is .* there and {value!r} now"):
+        folder.check(config_from_dict({"data": before | {key: value}}))
+
+
 def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open(Config(), world=1, device="CPU")
