@@ -16,6 +16,7 @@ from launch import (
     demo,
     doctor,
     evaluate,
+    export,
     extract,
     pack,
     phantom,
@@ -47,7 +48,8 @@ COMMANDS: Final = (
     ("looking", runs),
     ("looking", watch),
     ("looking", report),
-    ("published weights", convert),
+    ("weights", convert),
+    ("weights", export),
     ("this machine", doctor),
     ("this machine", completion),
 )

@@ -25,12 +25,16 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Told:
-    """What a leg wrote: the losses of its steps, and (row, digest of the pixels) of the samples that each received."""
+    """What a leg wrote: the losses of its steps, and (row, digest of the pixels) of the samples that each received.
+
+    due: for each rank, the steps behind which it saw that a checkpoint is due by the clock.
+    """
 
     world: int
     start: int
     losses: list[float]
     samples: list[list[list[Any]]]
+    due: list[list[int]]
     gradients: dict[str, Tensor]
 
 
@@ -41,7 +45,7 @@ class Runs:
         self.folder, self.packed = folder, packed
 
     def leg(self, name: str, until: int, *, run: str | None = None, **settings: Any) -> dict[str, Any]:
-        """A leg called `name` of the run `run` up to a step; train, model words and dtype, threshold as settings."""
+        """A leg called `name` of the run `run` up to a step; train, model, checkpoint words and dtype, threshold."""
         folder = self.folder / name
         folder.mkdir()
         backbone = {"backbone_options": {"channels": [8, 8, 16, 16], "stem_width": 8, "zero_init_last": False}}
@@ -55,6 +59,7 @@ class Runs:
             train={"epochs": 8, "batch_size": 6, "channels_last": False} | settings.get("train", {}),
             loss={"instance_weight": 1.0, "composite_weight": 1.0},
             model=backbone | settings.get("model", {}),
+            checkpoint=settings.get("checkpoint", {}),
             bags={"augment": {"rotation_deg": 5, "gain": 0.2, "noise_sd": 0.02}},
         )
         more = {key: settings[key] for key in ("dtype", "threshold") if key in settings}
