@@ -20,7 +20,15 @@ from msmil.config_io import dump_config, load_config
 from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import metric_of
 from msmil.engine.evaluate import evaluated_weights, fill, find_checkpoint
-from msmil.engine.export_graph import WRITERS, Format, InferenceGraph, StoredImages, describe, written_and_verified
+from msmil.engine.export_graph import (
+    WRITERS,
+    Format,
+    InferenceGraph,
+    StoredImages,
+    check_available,
+    describe,
+    written_and_verified,
+)
 from msmil.engine.pipeline import build_network
 from msmil.engine.run_folder import RunFolder
 from msmil.models.weights import WEIGHTS_FILE
@@ -50,6 +58,7 @@ def export(
             be expressed in a format, or does not give what the model gives.
     """
     _refuse_foreign(out)
+    check_available(formats)
     found = find_checkpoint(folder, checkpoint, other_data=True)
     config = load_config(found / "config.yaml")
     weights, about = _weights(found) if found != folder.root else (load_file(found / WEIGHTS_FILE), {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,18 @@ def describe(graph: InferenceGraph) -> dict[str, Any]:
     }
 
 
+def check_available(formats: Sequence[Format]) -> None:
+    """Refuse formats whose packages are not installed.
+
+    Raises:
+        UserError: naming the first that is missing.
+    """
+    for name in formats:
+        for package in WRITERS[name].needs:
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"--format {name} needs {package}", fix="pip install 'msmil[export]'")
+
+
 def written_and_verified(graph: InferenceGraph, name: Format, folder: Path, about: str) -> float:
     """Write a graph into a folder, read it again, and compare it with the model on other batch sizes.
 
@@ -128,12 +140,9 @@ def written_and_verified(graph: InferenceGraph, name: Format, folder: Path, abou
         The largest difference, in units of an output's largest value.
 
     Raises:
-        UserError: a package is missing; the graph cannot be expressed; it gives other numbers than the model.
+        UserError: the graph cannot be expressed; it gives other numbers than the model.
     """
     writer = WRITERS[name]
-    for package in writer.needs:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"--format {name} needs {package}", fix="pip install 'msmil[export]'")
     with torch.no_grad(), _silent():
         program = _traced(graph)
         try:
