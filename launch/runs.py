@@ -39,7 +39,7 @@ states:
   stopped        cut off; the same `msmil train` command goes on with it
   failed         ended with an error, which is named below the table; log.txt has all of it
   no checkpoint  nothing is saved yet
-  converted      weights of `msmil convert`
+  converted      weights of `msmil convert` or `msmil export`
   unreadable     cut off in the middle of a copy, or of another version
 
 Progress is that of the newest checkpoint. AUROC is the mean over labels: the best one on the validation images @ its

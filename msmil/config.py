@@ -198,8 +198,10 @@ class TrainConfig:
 class CheckpointConfig:
     """When the state is saved; the best step and the end are always kept."""
 
-    every_steps: int = opt(0, "save every N steps; 0 saves at the end of each epoch only")
-    keep_last: int = opt(2, "newest checkpoints to keep, beside the best one")
+    every_steps: int = opt(0, "save every N steps, beside the end of each epoch; 0: no others")
+    every_minutes: float = opt(0.0, "save when this many minutes have passed since the last save; 0: by steps alone")
+    keep_last: int = opt(2, "newest checkpoints to keep")
+    keep_best: int = opt(1, "best checkpoints by the validation metric to keep, beside the newest")
 
 
 @dataclass(frozen=True, kw_only=True)

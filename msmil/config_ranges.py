@@ -49,15 +49,15 @@ _AT_LEAST_ONE = (
     "data.shuffle_block_shards", "data.prefetch_batches", "bags.tile_size_px", "bags.pad_multiple_px",
     "bags.augment.cutout_px", "model.fpn_dim", "model.encoder_dim", "model.encoder_blocks", "model.encoder_heads",
     "model.attention_dim", "model.pma_heads", "train.epochs", "train.batch_size", "train.accumulation",
-    "checkpoint.keep_last", "evaluate.every_epochs", "evaluate.batch_size", "evaluate.bootstrap_replicates",
-    "tracking.every_steps",
+    "checkpoint.keep_last", "checkpoint.keep_best", "evaluate.every_epochs", "evaluate.batch_size",
+    "evaluate.bootstrap_replicates", "tracking.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "data.fold_seed", "data.fraction_seed", "data.workers", "bags.local_contrast", "tracking.images",
     "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd", "bags.augment.cutout_count",
     "loss.instance_weight", "loss.composite_weight", "optim.backbone_lr_factor", "optim.weight_decay",
     "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",
-    "evaluate.gallery",
+    "checkpoint.every_minutes", "evaluate.gallery",
 )  # fmt: skip
 _BELOW_ONE = (
     "bags.tile_overlap", "bags.augment.scale", "bags.augment.gain", "bags.augment.offset", "model.drop_path_rate",

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and a clear word when the disk is full."""
+"""Files and folders that are whole or absent, and a clear word when the disk is full."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from shards.errors import UserError
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY_SUFFIX: Final = ".tmp"
+_OLD_SUFFIX: Final = ".old"
+_MAKE_ROOM: Final = "make room, or write to another disk, and run the same command again; what was finished is kept"
 
 
 def free_bytes(folder: Path) -> int:
@@ -49,7 +51,7 @@ def atomic_file(path: Path, *, needed_bytes: int | None = None) -> Iterator[Bina
     Raises:
         UserError: the disk is full, or a quota or the file size limit is reached. The partial file is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = _hidden(path, TEMPORARY_SUFFIX)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -63,20 +65,78 @@ def atomic_file(path: Path, *, needed_bytes: int | None = None) -> Iterator[Bina
         temporary.unlink(missing_ok=True)
         if error.errno not in _FULL:
             raise
-        needed = "" if needed_bytes is None else f" of about {human_bytes(needed_bytes)} needed"
-        what = "over the file size limit (ulimit -f)" if error.errno == errno.EFBIG else "the disk is full"
-        thing = f"{what}: {human_bytes(written_bytes)}{needed} written, {human_bytes(free)} free"
-        fix = "make room, or write to another disk, and run the same command again; what was finished is kept"
-        raise UserError(thing, fix=fix, file=path) from error
+        raise _full(error, path, written_bytes, needed_bytes, free) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
+@contextmanager
+def atomic_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+    """Write a folder of files so that it appears under its name only when it is whole and on the disk.
+
+    What was there before is replaced then. Yields a folder beside it, whose parents are made.
+
+    Args:
+        path: the final name.
+        needed_bytes: about how large it gets. Where less is free, nothing is written.
+
+    Raises:
+        UserError: the disk is full, or a quota or the file size limit is reached. What was written is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if (free := free_bytes(path.parent)) < needed_bytes:
+        thing = f"the disk is full: {human_bytes(needed_bytes)} are needed, {human_bytes(free)} are free"
+        raise UserError(thing, fix=_MAKE_ROOM, file=path)
+    temporary = _hidden(path, TEMPORARY_SUFFIX)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in [*temporary.iterdir(), temporary]:
+            sync(file)
+        if path.exists():
+            remove_folder(path)
+        temporary.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        written_bytes, free = _size_bytes(temporary), free_bytes(path.parent)
+        if error.errno not in _FULL:
+            raise
+        raise _full(error, path, written_bytes, needed_bytes or None, free) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; cut off in between, it leaves what `remove_leftovers` finds, and no half folder."""
+    hidden = _hidden(path, _OLD_SUFFIX)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete the partial files that a killed process left in `folder`."""
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+    """Delete the partial files and folders that a killed process left in `folder`."""
+    for suffix in (TEMPORARY_SUFFIX, _OLD_SUFFIX):
+        for leftover in folder.glob(f".*{suffix}"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*")) if folder.exists() else 0
+
+
+def _full(error: OSError, path: Path, written_bytes: int, needed_bytes: int | None, free: int) -> UserError:
+    needed = "" if needed_bytes is None else f" of about {human_bytes(needed_bytes)} needed"
+    what = "over the file size limit (ulimit -f)" if error.errno == errno.EFBIG else "the disk is full"
+    thing = f"{what}: {human_bytes(written_bytes)}{needed} written, {human_bytes(free)} free"
+    return UserError(thing, fix=_MAKE_ROOM, file=path)
 
 
 def sync(path: Path) -> None:

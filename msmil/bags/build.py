@@ -45,8 +45,13 @@ class BagMaker:
             if augment is not None:
                 epoch, sample_B = augment
                 x_B1HW = apply(x_B1HW, draw(config.augment, seed=self.seed, epoch=epoch, sample_B=sample_B))
-            if config.local_contrast > 0:
-                x_B1HW = local_contrast(x_B1HW, gain=config.local_contrast, sigma_px=config.local_contrast_sigma_px)
-            x_B1HW = standardise(x_B1HW, mean=config.mean, std=config.std)
-            black = standard_black(config.mean, config.std)
-            return make_bag(x_B1HW, config, in_channels=self.in_channels, black=black, sizes=self.sizes)
+            return self.of_unit(x_B1HW)
+
+    def of_unit(self, x_B1HW: Tensor) -> Bag:
+        """Bags of float32 images in 0..1: all that follows the augmentation, in plain operations (for an export)."""
+        config = self.config
+        if config.local_contrast > 0:
+            x_B1HW = local_contrast(x_B1HW, gain=config.local_contrast, sigma_px=config.local_contrast_sigma_px)
+        x_B1HW = standardise(x_B1HW, mean=config.mean, std=config.std)
+        black = standard_black(config.mean, config.std)
+        return make_bag(x_B1HW, config, in_channels=self.in_channels, black=black, sizes=self.sizes)

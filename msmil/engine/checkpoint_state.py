@@ -12,6 +12,7 @@ from shards.errors import UserError
 FORMAT_VERSION: Final = 1
 STATE_NAME: Final = "state.json"
 PREFIX: Final = "step_"
+COPY_AGAIN: Final = "copy the folder again from where it is whole"
 
 
 def read_state(folder: Path) -> tuple[TrainState, dict[str, Any] | None]:
@@ -39,6 +40,35 @@ def unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(f"the checkpoint cannot be read ({error})", file=folder, fix=fix)
 
 
+def cut_off(folder: Path) -> str:
+    """What is missing of a checkpoint, in words, or "" where it is whole; looks at sizes alone.
+
+    A checkpoint appears under its name only when it is whole; later a copy may be cut off, or a disk that lost power.
+    Those of the first release tell no sizes.
+    """
+    try:
+        content = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{STATE_NAME} is missing"
+    except ValueError:
+        return f"{STATE_NAME} is cut off"
+    except OSError:
+        return ""  # who reads it says why
+    files = content.get("files") if isinstance(content, dict) else None
+    for name, told in files.items() if isinstance(files, dict) else ():
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        if (size := (folder / name).stat().st_size) != told["bytes"]:
+            return f"{name} has {size} of {told['bytes']} bytes"
+    return ""
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint by its name; none are known of those of the first release."""
+    files = json.loads((folder / STATE_NAME).read_text(encoding="utf-8")).get("files", {})
+    return {name: told["sha256"] for name, told in files.items()}
+
+
 def pointed(root: Path, pointer: str) -> Path | None:
     """The folder that a pointer (`latest`, `best`) names, or None when there is no such pointer or folder."""
     file = root / pointer
@@ -48,9 +78,27 @@ def pointed(root: Path, pointer: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def checkpoints(root: Path) -> list[Path]:
+    """The folders of all checkpoints, in the order of their steps."""
+    return sorted(root.glob(f"{PREFIX}*"))
+
+
 def newest(root: Path) -> Path | None:
-    """The folder of the highest step; only whole checkpoints carry a final name."""
-    return max(root.glob(f"{PREFIX}*"), default=None)
+    """The folder of the highest step that is whole."""
+    return next((folder for folder in reversed(checkpoints(root)) if not cut_off(folder)), None)
+
+
+def none_is_whole(root: Path, reason: str) -> UserError:
+    """The word where there are checkpoints, and not one to go on from: to begin again would not be what was asked."""
+    fix = f"{COPY_AGAIN}; to train from the beginning remove it, or choose another name"
+    return UserError(f"no checkpoint is whole ({reason})", file=root, fix=fix)
+
+
+def metric_of(state: TrainState) -> float | None:
+    """The validation metric of a checkpoint's own step, None where it was not validated."""
+    if state.metric is None and state.best_step == state.step:  # the first release told no other
+        return state.best_metric
+    return state.metric
 
 
 def _typed(state: TrainState) -> TrainState:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from msmil.config import Config
-from msmil.engine.checkpoint import load_checkpoint
-from msmil.engine.checkpoint_state import newest
+from msmil.engine.checkpoint_state import newest, read_state
 from msmil.engine.evaluate import find_checkpoint
 from msmil.engine.run_folder import RunFolder, read_results
 from shards.types import Split
@@ -13,7 +12,7 @@ from shards.types import Split
 def is_trained(folder: RunFolder, config: Config) -> bool:
     """Whether the newest checkpoint is that of the last epoch."""
     found = newest(folder.checkpoints)
-    return found is not None and load_checkpoint(found).state.epoch >= config.train.epochs
+    return found is not None and read_state(found)[0].epoch >= config.train.epochs
 
 
 def is_evaluated(folder: RunFolder, split: Split, fingerprint: str) -> bool:

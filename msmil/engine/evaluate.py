@@ -14,7 +14,7 @@ from msmil.detection.breast import breast_masks
 from msmil.detection.heatmap import map_names, maps
 from msmil.detection.localisation import PeakHits
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint
-from msmil.engine.checkpoint_state import newest, pointed
+from msmil.engine.checkpoint_state import COPY_AGAIN, cut_off, newest, pointed
 from msmil.engine.data import check_trained_on
 from msmil.engine.data_summary import describe_data
 from msmil.engine.pictures import Showing, write_pictures
@@ -110,13 +110,13 @@ def validation_results(evaluation: Evaluation, predictions: list[Prediction]) ->
 def find_checkpoint(folder: RunFolder, name: str, *, other_data: bool) -> Path:
     """The folder of a checkpoint by name; `best` is the latest where no validation metric was defined.
 
-    A folder that `msmil convert` wrote has no checkpoints: it is one itself, for data that the user names.
+    A folder of `msmil convert` or `msmil export` has no checkpoints: it is one itself, for data that the user names.
     """
     root = folder.checkpoints
     if not root.exists() and (folder.root / WEIGHTS_FILE).exists():
         if not other_data:
             fix = "name the data to judge them on with --shards"
-            raise UserError("holds converted weights, and no data of their own", file=folder.root, fix=fix)
+            raise UserError("holds weights alone, and no data of their own", file=folder.root, fix=fix)
         return folder.root
     found = pointed(root, name) if name in ("best", "latest") else root / name
     never = not (root / name).exists()
@@ -127,6 +127,12 @@ def find_checkpoint(folder: RunFolder, name: str, *, other_data: bool) -> Path:
         raise UserError(
             f"there is no checkpoint {name!r}", file=folder.root, fix=f"train first, or choose from {known}"
         )
+    if reason := cut_off(found):
+        before = newest(root)
+        if name != "latest" or before is None:
+            raise UserError(f"the checkpoint is cut off ({reason})", file=found, fix=f"{COPY_AGAIN}, or name another")
+        log.warning("%s is cut off (%s): the one before it is used, %s", found, reason, before.name)
+        return before
     return found
 
 
@@ -141,24 +147,19 @@ def open_evaluation(
     saved = load_checkpoint(checkpoint)
     if not other_data:
         check_trained_on(checkpoint, saved.state, pipeline.manifest)
-    try:
-        network.load_state_dict(evaluated_weights(saved))
-    except RuntimeError as error:
-        fix = "give shards of the image size it was trained on (inducing points and strides depend on it)"
-        first = " ".join(str(error).split())[:300]
-        raise UserError(f"does not fit images of {pipeline.image_hw}: {first}", file=checkpoint, fix=fix) from None
+    fill(network, evaluated_weights(saved), pipeline.image_hw, checkpoint)
     log.info("evaluating %s (epoch %d, step %d)", checkpoint, saved.state.epoch, saved.state.step)
     return Evaluation(with_encoder_of(pipeline, network), folder, network.to(runtime.device))
 
 
 def _open_converted(pipeline: Pipeline, folder: RunFolder, network: MILModel) -> Evaluation:
-    """Converted weights: which data they were trained on, nobody wrote down."""
+    """Weights alone: which data they were trained on does not matter here."""
     model = replace(pipeline.config.model, weights=str(folder.root), pretrained=False)
     weights = load_weights(model, network)
     if weights.encoder_alone:
         fix = "train from it (model.weights), and evaluate the run"
         raise UserError("holds an encoder alone, which judges nothing", file=folder.root, fix=fix)
-    log.info("evaluating converted weights: %s", weights.file)
+    log.info("evaluating weights alone: %s", weights.file)
     return Evaluation(pipeline, folder, network.to(pipeline.runtime.device))
 
 
@@ -168,6 +169,20 @@ def evaluated_weights(saved: Checkpoint) -> dict[str, Any]:
         return saved.model
     prefix = "module."  # of torch's AveragedModel
     return {key.removeprefix(prefix): value for key, value in saved.ema.items() if key.startswith(prefix)}
+
+
+def fill(network: MILModel, weights: dict[str, Any], image_hw: tuple[int, int], source: Path) -> None:
+    """Load weights into the network that was built for images of this size.
+
+    Raises:
+        UserError: they do not fit it.
+    """
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        fix = "give shards of the image size it was trained on (inducing points and strides depend on it)"
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"does not fit images of {image_hw}: {first}", file=source, fix=fix) from None
 
 
 def _predict(evaluation: Evaluation, split: str) -> list[Prediction]:

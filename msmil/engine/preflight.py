@@ -65,7 +65,8 @@ def check_splits(config: Config, manifest: Manifest) -> None:
 def _check_space(config: Config, folder: RunFolder, parameter_bytes: int) -> None:
     nearest = nearest_folder(folder.root)
     copies = _COPIES + (1 if config.train.ema_decay else 0)
-    needed = parameter_bytes * copies * (config.checkpoint.keep_last + 2)  # the best one, and the one being written
+    kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # and the one being written
+    needed = parameter_bytes * copies * kept
     free = shutil.disk_usage(nearest).free
     if free < needed:
         thing = f"the checkpoints of this run need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"

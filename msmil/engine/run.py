@@ -15,8 +15,7 @@ from msmil.config import Config
 from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
 from msmil.engine.board import has_maps, start_of_run
-from msmil.engine.checkpoint import load_checkpoint
-from msmil.engine.checkpoint_state import newest
+from msmil.engine.checkpoint import Checkpoint, load_checkpoint, load_newest
 from msmil.engine.data import check_trained_on, describe_epoch, first_epoch
 from msmil.engine.data_summary import describe_data
 from msmil.engine.ddp import DdpEngine
@@ -27,6 +26,7 @@ from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pi
 from msmil.engine.preemption import StopRequest
 from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
+from msmil.engine.saving import Saver
 from msmil.engine.seeding import seed_everything
 from msmil.engine.step import Schedule, Stepper
 from msmil.engine.tracking import Tracker, log, open_log
@@ -52,6 +52,7 @@ class Run:
     moments: dict[str, Tensor]
     loss_scale: dict[str, Any] | None
     tracker: Tracker | None
+    saver: Saver
     stepper: Stepper | None = None
     request: StopRequest = field(default_factory=StopRequest)
     whole: MILModel | None = None  # see validated_network
@@ -71,10 +72,15 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     runtime.on_main(make_folder)
     open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
     schedule = make_schedule(pipeline)
-    network = make_network(pipeline, pretrained=newest(folder.checkpoints) is None)
+    checkpoint = newest_checkpoint(folder, runtime)
+    network = make_network(pipeline, pretrained=checkpoint is None)
     ema = build_ema(network, config.train.ema_decay)
-    run = Run(pipeline, folder, network, ema, make_loss(pipeline), schedule, fresh_state(pipeline), {}, None, None)
-    resume(run)
+    saver = Saver(every_minutes=config.checkpoint.every_minutes)
+    run = Run(
+        pipeline, folder, network, ema, make_loss(pipeline), schedule, fresh_state(pipeline), {}, None, None, saver
+    )
+    if checkpoint is not None:
+        resume(run, checkpoint)
     run.pipeline = with_encoder_of(pipeline, network)
     if runtime.is_main:
         run.tracker = Tracker(folder.tensorboard, start_step=run.state.step, total_steps=schedule.total_steps)
@@ -188,12 +194,21 @@ def fresh_state(pipeline: Pipeline) -> TrainState:
     )
 
 
-def resume(run: Run) -> None:
-    """Load the newest checkpoint, if there is one."""
-    folder = newest(run.folder.checkpoints)
-    if folder is None:
-        return
-    checkpoint = load_checkpoint(folder)
+def newest_checkpoint(folder: RunFolder, runtime: Runtime) -> Checkpoint | None:
+    """The newest whole checkpoint, if there is one; rank 0 chooses, so that all ranks go on from the same."""
+    found: list[Checkpoint | None] = [None]
+
+    def choose() -> None:
+        found[0] = load_newest(folder.checkpoints, log.warning)
+
+    runtime.on_main(choose)
+    name = runtime.gather(None if found[0] is None else found[0].folder.name)[0]
+    return found[0] if runtime.is_main or name is None else load_checkpoint(folder.checkpoints / name)
+
+
+def resume(run: Run, checkpoint: Checkpoint) -> None:
+    """Go on from a checkpoint."""
+    folder = checkpoint.folder
     check_trained_on(folder, checkpoint.state, run.pipeline.manifest)
     run.network.load_state_dict(checkpoint.model)
     if run.ema is not None:

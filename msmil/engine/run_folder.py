@@ -19,7 +19,7 @@ from typing import Any
 
 from msmil.config import Config
 from msmil.config_io import config_to_dict, dump_config, flatten, load_config
-from msmil.engine.checkpoint_state import newest
+from msmil.engine.checkpoint_state import checkpoints, cut_off, newest, none_is_whole
 from msmil.evaluation.predictions import write_atomically
 from shards.errors import UserError
 from shards.files import atomic_file
@@ -63,13 +63,16 @@ class RunFolder:
         """Refuse a folder that cannot be written, or that holds a run of another configuration.
 
         Raises:
-            UserError: with both values of each key that differs from the newest checkpoint's.
+            UserError: with both values of each key that differs from the newest checkpoint's; none of several
+                checkpoints is whole.
         """
         nearest = nearest_folder(self.root)
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError("no run folder can be made here", file=nearest, fix="choose another output_dir")
         trained = newest(self.checkpoints)
         if trained is None:
+            if found := checkpoints(self.checkpoints):
+                raise none_is_whole(self.checkpoints, f"{found[-1].name}: {cut_off(found[-1])}")
             return  # a start that failed before its first checkpoint binds nobody
         before, now = (flatten(config_to_dict(c)) for c in (load_config(trained / "config.yaml"), config))
         differing = [

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 import yaml
 
-from msmil.engine.checkpoint_state import newest, pointed, read_state
+from msmil.engine.checkpoint_state import checkpoints, cut_off, newest, none_is_whole, pointed, read_state
 from msmil.engine.run_folder import RunFolder, read_results
 from msmil.types import TrainState
 from shards.errors import UserError
@@ -92,7 +92,7 @@ def read_run(root: Path) -> RunSummary:
     test_auroc = None
     try:
         training = folder.in_training()
-        newest_checkpoint = newest(folder.checkpoints)
+        newest_checkpoint = _newest(folder, notes)
         epochs = None if newest_checkpoint is None and _converted(folder) else _epochs(folder.config)
         saved = None if newest_checkpoint is None else read_state(newest_checkpoint)[0]
         test_auroc, evaluated = _test_auroc(folder, saved, notes)
@@ -117,6 +117,20 @@ def read_run(root: Path) -> RunSummary:
         changed_s=_changed_s(folder, newest_checkpoint),
         note="; ".join(notes),
     )
+
+
+def _newest(folder: RunFolder, notes: list[str]) -> Path | None:
+    """The newest whole checkpoint; newer ones that are cut off are noted.
+
+    Raises:
+        UserError: none of several is whole.
+    """
+    found = newest(folder.checkpoints)
+    broken = [one for one in checkpoints(folder.checkpoints) if found is None or one > found]
+    if broken and found is None:
+        raise none_is_whole(folder.checkpoints, f"{broken[-1].name}: {cut_off(broken[-1])}")
+    notes += [f"{one.name} is cut off ({cut_off(one)})" for one in broken]
+    return found
 
 
 def _epochs(file: Path) -> int:

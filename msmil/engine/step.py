@@ -19,6 +19,7 @@ from msmil.engine.memory import OutOfMemory, explained, training_out_of_memory
 from msmil.engine.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from msmil.engine.pipeline import Pipeline, to_device
 from msmil.engine.preemption import StopRequest
+from msmil.engine.saving import Saver
 from msmil.engine.seeding import seed_micro_step
 from msmil.engine.tracking import PhaseTimer
 from msmil.models.backbone import set_trainable
@@ -34,7 +35,8 @@ Blocks = Literal["all"] | int
 class StepReport:
     """What one step did, the same on all ranks.
 
-    stop: a rank was asked to stop.
+    stop: a rank was asked to stop; save: a checkpoint is due by the clock; save_failed: the last one could not be
+    written.
     own_s: seconds of each rank until its last backward, in which the ranks wait for each other; empty in steps that
     are not timed exactly.
     """
@@ -43,6 +45,8 @@ class StepReport:
     gradient_norm: float
     skipped: bool
     stop: bool
+    save: bool
+    save_failed: bool
     own_s: tuple[float, ...]
 
 
@@ -76,8 +80,9 @@ class Stepper:
         moments: dict[str, Tensor],
         loss_scale: Mapping[str, Any] | None,
         request: StopRequest,
+        saver: Saver,
     ) -> None:
-        self.request = request
+        self.request, self.saver = request, saver
         self.pipeline, self.module, self.loss, self.schedule, self.ema = pipeline, module, loss, schedule, ema
         self.blocks = blocks
         set_trainable(module, blocks)
@@ -120,7 +125,7 @@ class Stepper:
                 self.engine.backward(parts.total)
                 timer.mark("backward")
             shares.append(torch.stack([*parts.named(self.pipeline.labels).values()]))
-        losses, stop, seconds = self._reduce(parts, torch.stack(shares).sum(0), own_s if timer.exact else None)
+        losses, flags, seconds = self._reduce(parts, torch.stack(shares).sum(0), own_s if timer.exact else None)
         timer.mark("communication")
         self._refuse_non_finite("loss", losses["total"], rows)
         overflows = config.train.precision == "fp16"
@@ -129,7 +134,16 @@ class Stepper:
             self._refuse_non_finite("gradient", norm, rows)
         self._after_update(skipped)
         timer.mark("optimizer")
-        return StepReport(losses=losses, gradient_norm=norm, skipped=skipped, stop=stop, own_s=seconds)
+        stop, save, save_failed = flags
+        return StepReport(
+            losses=losses,
+            gradient_norm=norm,
+            skipped=skipped,
+            stop=stop,
+            save=save,
+            save_failed=save_failed,
+            own_s=seconds,
+        )
 
     def _forward(self, batch: Batch, *, epoch: int, step: int, micro: int) -> LossParts:
         config, device = self.pipeline.config, self.pipeline.runtime.device
@@ -150,20 +164,21 @@ class Stepper:
 
     def _reduce(
         self, parts: LossParts, share: Tensor, own_s: float | None
-    ) -> tuple[dict[str, float], bool, tuple[float, ...]]:
-        """The loss, whether to stop, and the seconds of every rank, in one all-reduce.
+    ) -> tuple[dict[str, float], list[bool], tuple[float, ...]]:
+        """The loss, what some rank tells (stop, save, a save failed) and the seconds of each, in one all-reduce.
 
-        In the seconds a rank fills its place among zeros.
+        In the seconds a rank fills its place among zeros. Only rank 0 saves, and its clock alone counts.
         """
         runtime, names = self.pipeline.runtime, list(parts.named(self.pipeline.labels))
-        share = torch.cat([share, share.new_tensor([float(self.request.signum > 0)])])
+        told = [self.request.signum > 0, runtime.is_main and self.saver.due, self.saver.failed]
+        share = torch.cat([share, share.new_tensor([float(one) for one in told])])
         if own_s is not None:
             place_W = share.new_zeros(runtime.world)
             place_W[runtime.rank] = own_s
             share = torch.cat([share, place_W])
         values = runtime.sum(share).tolist()
-        losses = dict(zip(names, values[: len(names)], strict=True))
-        return losses, values[len(names)] > 0, tuple(values[len(names) + 1 :])
+        losses, rest = dict(zip(names, values[: len(names)], strict=True)), values[len(names) :]
+        return losses, [count > 0 for count in rest[: len(told)]], tuple(rest[len(told) :])
 
     def _refuse_non_finite(self, what: str, value: float, rows: list[int]) -> None:
         """All ranks have the same value. fp16 scales gradients and skips the steps in which they overflow."""

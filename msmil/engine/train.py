@@ -14,7 +14,7 @@ from msmil.config import Config
 from msmil.config_io import dump_config
 from msmil.engine.ahead import on_device
 from msmil.engine.board import end_of_run, rank_scalars, show_validation
-from msmil.engine.checkpoint import point, prune, save_checkpoint
+from msmil.engine.checkpoint import Snapshot, host_copy, prune, save_checkpoint
 from msmil.engine.pipeline import Pipeline
 from msmil.engine.predict import predict_with_losses
 from msmil.engine.preemption import Stopped
@@ -42,13 +42,15 @@ def train(config: Config, runtime: Runtime) -> TrainState:
     if run.state.epoch >= config.train.epochs:
         log.info("already trained to the last epoch; more: another name, with more train.epochs")
     try:
-        for epoch in range(run.state.epoch, config.train.epochs):
-            run.stepper = stepper_of_epoch(run, epoch)
-            train_epoch(run, epoch)
-            due = (epoch + 1) % config.evaluate.every_epochs == 0 or epoch + 1 == config.train.epochs
-            if due:
-                validate(run)
-            save(run)
+        with run.saver:
+            for epoch in range(run.state.epoch, config.train.epochs):
+                run.stepper = stepper_of_epoch(run, epoch)
+                train_epoch(run, epoch)
+                due = (epoch + 1) % config.evaluate.every_epochs == 0 or epoch + 1 == config.train.epochs
+                if due:
+                    validate(run)
+                save(run)
+            finish_saving(run)
         if run.tracker is not None:
             run.tracker.add(end_of_run(), run.state.step)
     finally:
@@ -85,6 +87,7 @@ def stepper_of_epoch(run: Run, epoch: int) -> Stepper:
         moments=run.moments,
         loss_scale=run.loss_scale,
         request=run.request,
+        saver=run.saver,
     )
     trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
     log.info("epoch %d: %s of the backbone's blocks train, %.3f M parameters in all", epoch, blocks, trained / 1e6)
@@ -113,10 +116,13 @@ def train_epoch(run: Run, epoch: int) -> None:
                 elapsed_s, done = time.perf_counter() - shown_s, run.state.step - shown_step
                 track_step(run, report, timer, done * config.train.batch_size / elapsed_s)
                 shown_s, shown_step = time.perf_counter(), run.state.step
+        if report.save_failed:
+            finish_saving(run)
         if report.stop:
             stop(run)
-        last = batch_index + 1 == run.schedule.steps_per_epoch  # the end of an epoch is saved once it is validated
-        if config.checkpoint.every_steps and run.state.step % config.checkpoint.every_steps == 0 and not last:
+        every, last = config.checkpoint.every_steps, batch_index + 1 == run.schedule.steps_per_epoch
+        due = report.save or (every > 0 and run.state.step % every == 0)
+        if due and not last:  # the end of an epoch is saved once it is validated
             save(run)
     run.state = replace(run.state, epoch=epoch + 1, batches_done=0)
     if losses:
@@ -133,6 +139,7 @@ def after_step(run: Run, epoch: int, batch_index: int) -> TrainState:
         epoch=epoch,
         batches_done=batch_index + 1,
         samples_seen=run.state.samples_seen + int(run.schedule.samples_G[batch_index]),
+        metric=None,
     )
 
 
@@ -200,6 +207,7 @@ def validate(run: Run) -> None:
     if metric is not None:
         values["val/auroc/mean"] = metric
     best = run.state.best_metric
+    run.state = replace(run.state, metric=metric)
     if metric is not None and (best is None or metric > best):
         run.state = replace(run.state, best_metric=metric, best_step=run.state.step)
     best_now = run.state.best_step == run.state.step
@@ -229,29 +237,43 @@ def validation_scalars(
 def stop(run: Run) -> NoReturn:
     """Save, and end as all ranks have agreed to."""
     save(run)
+    finish_saving(run)
     stopped = Stopped(max(run.pipeline.runtime.gather(run.request.signum)), run.state.step)
     log.info("a signal asks to stop: all is saved")
     raise stopped
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint on rank 0; when that fails, all ranks stop with its word."""
+    """Begin to write a checkpoint on rank 0, once the one before is written; all ranks have to call it.
+
+    Raises:
+        UserError: the one before could not be written; on all ranks.
+    """
     assert run.stepper is not None
-    engine, config, root = run.stepper.engine, run.pipeline.config, run.folder.checkpoints
+    start_s = time.perf_counter()
+    finish_saving(run)
+    engine, settings, root = run.stepper.engine, run.pipeline.config.checkpoint, run.folder.checkpoints
     weights, moments = engine.weights(), engine.moments()  # all ranks put the parts together
+    if not run.pipeline.runtime.is_main:
+        return
+    snapshot = Snapshot(
+        model=host_copy(weights),
+        optimizer=host_copy(moments),
+        ema=None if run.ema is None else host_copy(run.ema.state_dict()),
+        state=run.state,
+        loss_scale=engine.loss_scale,
+        config_yaml=dump_config(run.pipeline.config),
+    )
 
     def write() -> None:
-        folder = save_checkpoint(
-            root,
-            model=weights,
-            optimizer=moments,
-            ema=None if run.ema is None else run.ema.state_dict(),
-            state=run.state,
-            loss_scale=engine.loss_scale,
-            config_yaml=dump_config(config),
-        )
-        if run.state.best_step == run.state.step:
-            point(root, "best", folder.name)
-        prune(root, config.checkpoint.keep_last)
+        save_checkpoint(root, snapshot)
+        prune(root, keep_last=settings.keep_last, keep_best=settings.keep_best)
 
-    run.pipeline.runtime.on_main(write)
+    run.saver.begin(write)
+    if run.tracker is not None:
+        run.tracker.scalars({"train/seconds/save": time.perf_counter() - start_s}, run.state.step)
+
+
+def finish_saving(run: Run) -> None:
+    """Wait until the checkpoint that was begun is written; when that failed, all ranks stop with its word."""
+    run.pipeline.runtime.on_main(run.saver.wait)

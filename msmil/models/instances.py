@@ -58,14 +58,16 @@ class Encoded(NamedTuple):
 def encode_maps(backbone: Backbone, tiles_BNCPP: Tensor, mask_BN: Tensor | None) -> dict[int, Encoded]:
     """{stride: maps of the tiles}. Padded tiles are not encoded."""
     maps = backbone(_real(tiles_BNCPP, mask_BN))
-    size = (len(tiles_BNCPP), tiles_BNCPP.shape[1])
-    return {s: Encoded(map_MDhw, size, mask_BN) for s, map_MDhw in zip(backbone.strides, maps, strict=True)}
+    size = tiles_BNCPP.shape[:2]  # no len(): it would fix the number of bags of an exported graph
+    return {
+        s: Encoded(map_MDhw, (size[0], size[1]), mask_BN) for s, map_MDhw in zip(backbone.strides, maps, strict=True)
+    }
 
 
 def encode_pooled(backbone: Backbone, tiles_BNCPP: Tensor, mask_BN: Tensor | None) -> Encoded:
     """One vector per tile: the mean over the backbone's last map (FPN-MIL, single-scale and multi-scale patches)."""
     map_MDhw = backbone(_real(tiles_BNCPP, mask_BN))[-1]
-    return Encoded(map_MDhw.mean((2, 3)), (len(tiles_BNCPP), tiles_BNCPP.shape[1]), mask_BN)
+    return Encoded(map_MDhw.mean((2, 3)), (tiles_BNCPP.shape[0], tiles_BNCPP.shape[1]), mask_BN)
 
 
 def stored(levels: Mapping[int, Tensor], wanted: Sequence[int], mask: TileMask | None) -> dict[int, Encoded]:
@@ -125,8 +127,9 @@ def check_tiles(tiles: Tiles | None, mask: TileMask | None, *, in_channels: int,
         raise UserError("the mask does not go with the tiles", fix=f"give {{tile size: mask}} for {list(sizes)}")
     for size in sizes:
         _check_size(tiles[size], None if mask is None else mask[size], in_channels)
-    if len({len(tiles[size]) for size in sizes}) > 1:
-        raise UserError(f"the tile sizes have {[len(tiles[s]) for s in sizes]} bags", fix="give every bag in each size")
+    bags = [tiles[size].shape[0] for size in sizes]
+    if any(count != bags[0] for count in bags):
+        raise UserError(f"the tile sizes have {bags} bags", fix="give every bag in each size")
 
 
 def _check_size(tiles_BNCPP: Tensor, mask_BN: Tensor | None, in_channels: int) -> None:

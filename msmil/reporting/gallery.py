@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ from msmil.evaluation.predictions import write_atomically
 from msmil.reporting.figures.maps import MapRow, panel, reduced
 from msmil.types import Prediction
 from shards.errors import UserError
-from shards.files import sync
+from shards.files import atomic_folder
 
 KINDS: Final = ("hit", "miss", "false_alarm")
 INDEX_NAME: Final = "index.json"
@@ -138,22 +136,14 @@ def writing_gallery(folder: Path, about: Mapping[str, Any]) -> Iterator[GalleryW
 
     Raises UserError where it cannot be written.
     """
-    temporary, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        temporary.mkdir(parents=True)
-        writer = GalleryWriter(temporary, about)
-        yield writer
-        writer.close()
-        if folder.exists():
-            folder.rename(before)
-        temporary.rename(folder)
-        sync(folder.parent)
+        with atomic_folder(folder) as temporary:
+            writer = GalleryWriter(temporary, about)
+            yield writer
+            writer.close()
     except OSError as error:
         fix = "make room or choose a folder that can be written to, and run the command again"
         raise UserError(f"the gallery cannot be written ({error.strerror})", fix=fix, file=folder) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,7 @@ def read_run(folder: Path, *, name: str, split: str) -> RunFiles:
     _check(folder)
     problems: list[str] = []
     config = _mapping(folder / "config.yaml", problems)
-    newest = max((folder / "checkpoints").glob("step_*"), default=None)
-    state = {} if newest is None else mapping_at(_mapping(newest / "state.json", problems), "train_state")
+    state = _state(folder / "checkpoints", problems)
     results = _mapping(folder / "metrics" / f"{split}.json", problems)
     return RunFiles(
         folder=folder,
@@ -167,6 +166,14 @@ def run_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
+
+
+def _state(checkpoints: Path, problems: list[str]) -> Mapping[str, Any]:
+    """Where the newest checkpoint that can be read stands; {} where there is none."""
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        if state := mapping_at(_mapping(folder / "state.json", problems), "train_state"):
+            return state
+    return {}
 
 
 def _check(folder: Path) -> None:

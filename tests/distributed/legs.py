@@ -30,7 +30,7 @@ from msmil.engine.engines import Engine
 from msmil.engine.run import Run, open_run, validated_network
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import PhaseTimer
-from msmil.engine.train import after_step, open_stream, save, stepper_of_epoch
+from msmil.engine.train import after_step, finish_saving, open_stream, save, stepper_of_epoch
 from shards.errors import UserError
 from shards.stream import evaluation_stream
 from shards.types import Batch
@@ -57,13 +57,15 @@ def train_leg(leg: dict[str, Any]) -> None:
     dtype = getattr(torch, leg.get("dtype", "float32"))
     if dtype == torch.float64:
         run.network.double().backbone.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
-    told: dict[str, Any] = {"world": runtime.world, "start": run.state.step, "losses": [], "samples": []}
+    told: dict[str, Any] = {"world": runtime.world, "start": run.state.step, "losses": [], "samples": [], "due": []}
     gradients: dict[str, torch.Tensor] = {}
     while run.state.step < leg["until"]:
         train_epoch_until(run, leg["until"], told, gradients)
     told["seen"] = run.state.samples_seen
     if told["losses"]:
         save(run)
+    finish_saving(run)
+    told["due"] = runtime.gather(told["due"])
     if leg.get("predict"):
         run.stepper = run.stepper or stepper_of_epoch(run, run.state.epoch)
         told["predictions"] = predict_all(run)
@@ -130,6 +132,8 @@ def train_epoch_until(run: Run, until: int, told: dict[str, Any], gradients: dic
         run.state = after_step(run, epoch, index)
         told["losses"].append(report.losses["total"])
         told["samples"].append(seen)
+        if report.save:
+            told["due"].append(run.state.step)
     run.state = replace(run.state, epoch=epoch + 1, batches_done=0)
 
 

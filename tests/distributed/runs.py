@@ -28,12 +28,14 @@ class Told:
     """What a leg wrote: the losses of its steps, and (row, digest of the pixels) of the samples that each received.
 
     seen: samples of weight 1 that the run has counted; predictions: see legs.predict_all.
+    due: for each rank, the steps behind which it saw that a checkpoint is due by the clock.
     """
 
     world: int
     start: int
     losses: list[float]
     samples: list[list[list[Any]]]
+    due: list[list[int]]
     gradients: dict[str, Tensor]
     seen: int
     predictions: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +50,8 @@ class Runs:
     def leg(self, name: str, until: int, *, run: str | None = None, **settings: Any) -> dict[str, Any]:
         """A leg called `name` of the run `run` up to a step.
 
-        Settings: words of the sections train, model and data; dtype, threshold, predict, refused (see legs.py).
+        Settings: words of the sections train, model, data and checkpoint; dtype, threshold, predict, refused (see
+        legs.py).
         """
         folder = self.folder / name
         folder.mkdir()
@@ -64,6 +67,7 @@ class Runs:
             loss={"instance_weight": 1.0, "composite_weight": 1.0},
             model=backbone | settings.get("model", {}),
             data=settings.get("data", {}),
+            checkpoint=settings.get("checkpoint", {}),
             bags={"augment": {"rotation_deg": 5, "gain": 0.2, "noise_sd": 0.02}},
         )
         more = {key: settings[key] for key in ("dtype", "threshold", "predict", "refused") if key in settings}

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 CUT, END = 5, 12
 DROPOUT = {"encoder_dropout": 0.3, "attention_dropout": 0.2}
 EMA = {"ema_decay": 0.9}
+SOON = {"every_minutes": 1e-3}  # 0.06 s
 SAME: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp_2": (2, {**EMA}),
     "ddp_3": (3, {**EMA, "accumulation": 2}),
@@ -37,7 +38,7 @@ CHANGES: list[tuple[int, int, dict[str, Any]]] = [
 def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
     """Each run unbroken and cut; and one run whose ranks and engine change."""
     runs = Runs(tmp_path_factory.mktemp("resume"), packed)
-    legs: dict[int, list[dict[str, Any]]] = {1: [], 2: [runs.leg("unbroken", 20)], 3: []}
+    legs: dict[int, list[dict[str, Any]]] = {1: [], 2: [runs.leg("unbroken", 20, checkpoint=SOON)], 3: []}
     for name, (ranks, train) in SAME.items():
         more = {"train": train, "model": DROPOUT, "threshold": 0}
         legs[ranks].append(runs.leg(name, END, **more))
@@ -67,6 +68,13 @@ def test_on_other_ranks_and_engines_the_samples_go_on_exactly_and_losses_agree(r
     unbroken = runs.told("unbroken")
     assert [step for part in parts for step in part.samples] == unbroken.samples
     assert [loss for part in parts for loss in part.losses] == pytest.approx(unbroken.losses, rel=1e-5)
+
+
+def test_ranks_agree_when_a_checkpoint_is_due_by_the_clock(runs: Runs) -> None:
+    first, second = runs.told("unbroken").due
+    assert first == second
+    assert first[-1] == 20
+    assert runs.told("ddp_2").due == [[], []]
 
 
 def test_what_should_be_on_is_on(runs: Runs) -> None:

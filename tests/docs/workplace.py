@@ -261,7 +261,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"msmil evaluate weights/.*", small_tiles),
     (r"msmil watch .*", watched),
     (r"msmil doctor.*", parsed_alone),
-    (r"msmil (pack|verify|train|extract|convert|evaluate|report|runs) ?.*", plain),
+    (r"msmil (pack|verify|train|extract|convert|evaluate|export|report|runs) ?.*", plain),
 )
 
 

@@ -27,6 +27,7 @@ STATE = TrainState(
     step=30, epoch=3, batches_done=0, samples_seen=240, best_metric=0.75, best_step=20, data_fingerprint="f"
 )
 BEST, NEWEST = "step_00000020", "step_00000030"
+STATE_FILE = f"checkpoints/{NEWEST}/state.json"
 ERROR = "msmil: error: {}. Fix: do something about it"
 
 
@@ -149,8 +150,7 @@ def old_configuration(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut(f"checkpoints/{NEWEST}/state.json"), "cannot be read"),
-        (lambda folder: (folder / "checkpoints" / NEWEST / "state.json").unlink(), "cannot be read"),
+        (lambda folder: [cut(f"checkpoints/{name}/state.json")(folder) for name in (BEST, NEWEST)], "is cut off"),
         (lambda folder: (folder / "config.yaml").unlink(), "no config.yaml"),
         (lambda folder: (folder / "config.yaml").write_bytes(b"a: [\xff"), "config.yaml cannot be read"),
         (old_configuration, "names no train.epochs"),
@@ -165,6 +165,19 @@ def test_a_broken_run_says_so_in_its_row(
     assert found["whole"]["state"] == "trained"
     assert found["broken"]["state"] == "unreadable"
     assert said in found["broken"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(cut(STATE_FILE), "cut off"), (lambda folder: (folder / STATE_FILE).unlink(), "missing")],
+)
+def test_a_newest_checkpoint_that_is_cut_off_is_said_and_the_one_before_tells_the_progress(
+    tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    damage(write_run(tmp_path / "run"))
+    row = read_run(tmp_path / "run")
+    assert row.state == "trained"
+    assert row.note == f"{NEWEST} is cut off (state.json is {said})"
 
 
 def test_another_version_says_so_in_its_row(tmp_path: Path) -> None:
