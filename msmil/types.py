@@ -78,7 +78,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run stands; the same on every rank. `epoch` and `batches_done` say where the order of samples goes on."""
+    """Where a run stands; the same on every rank. `epoch` and `batches_done` say where the order of samples goes on.
+
+    skipped: samples of this epoch that could not be read (data.on_error: skip).
+    """
 
     step: int
     epoch: int
@@ -87,3 +90,4 @@ class TrainState:
     best_metric: float | None
     best_step: int | None
     data_fingerprint: str
+    skipped: int = 0

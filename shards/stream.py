@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.errors import UserError
+from shards.feature_codec import TYPES
 from shards.features import FeatureReader, Features
 from shards.files import human_bytes
 from shards.manifest import Manifest
@@ -45,6 +46,7 @@ def train_stream(
     prefetch_batches: int,
     pin_memory: bool,
     features: Features | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> Iterator[Batch]:
     """This rank's micro-batches of an epoch in order, `accumulation` for each global batch from `start_batch` on.
 
@@ -64,10 +66,11 @@ def train_stream(
         prefetch_batches: batches each decoding process keeps ready.
         pin_memory: page-locked memory, for copies to a GPU.
         features: what to read instead of images.
+        on_error: a sample that cannot be read ends the stream, or is skipped (`Batch.skipped`).
 
     Raises:
         UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
-            when a sample cannot be read, in its place in the order.
+            when a sample cannot be read and on_error is stop, in its place in the order.
     """
     plan = train_plan(
         manifest,
@@ -89,6 +92,7 @@ def train_stream(
         size=len(columns),
         features=features,
         images=features is None,
+        on_error=on_error,
     )
     batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
     return _micro_batches(batches, len(columns) // accumulation)
@@ -131,7 +135,8 @@ def evaluation_stream(
     """The given manifest rows in order, each once, with weight 1; the last batch may be short.
 
     The arguments are those of `train_stream`, but `batch_size` counts the images of this rank's batch, and `images`
-    says whether they are read too where there are `features`. Errors are the same.
+    says whether they are read too where there are `features`. A sample that cannot be read always ends the stream:
+    metrics count every image once.
     """
     assert batch_size >= 1
     row_M = np.asarray(rows, np.int64)
@@ -188,8 +193,10 @@ class _Share(IterableDataset[Batch | _Failure]):
         size: int,
         features: Features | None = None,
         images: bool = True,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         assert images or features is not None
+        self.skips = on_error == "skip"
         self.manifest = manifest
         self.features = features
         self.images = images
@@ -215,25 +222,47 @@ class _Share(IterableDataset[Batch | _Failure]):
                 yield made
 
     def _batch(self, images: ShardReader | None, features: FeatureReader | None, part: slice) -> Batch:
-        row_B = self.row_M[part]
+        row_B, weight_B = self.row_M[part], self.weight_M[part].copy()
+        broken: dict[int, str] = {}
+        image_B1HW = None if images is None else self._images(images, row_B, broken)
+        levels = None if features is None else self._levels(features, row_B, broken)
+        skipped = {place: text for place, text in broken.items() if weight_B[place] > 0}  # padding is in no epoch
+        weight_B[list(skipped)] = 0
         return Batch(
-            image_B1HW=None if images is None else self._images(images, row_B),
+            image_B1HW=image_B1HW,
             label_BK=torch.from_numpy(self.label_MK[part].copy()),
-            weight_B=torch.from_numpy(self.weight_M[part].copy()),
+            weight_B=torch.from_numpy(weight_B),
             sample_B=torch.from_numpy(row_B.copy()),
-            levels=None if features is None else self._levels(features, row_B),
+            levels=levels,
+            skipped=skipped,
         )
 
-    def _images(self, reader: ShardReader, row_B: Int64) -> torch.Tensor:
+    def _images(self, reader: ShardReader, row_B: Int64, broken: dict[int, str]) -> torch.Tensor:
         manifest = self.manifest
-        image_B1HW = np.empty((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
-        for image_1HW, row in zip(image_B1HW, row_B.tolist(), strict=True):
-            image_1HW[0] = reader.read(row)
+        image_B1HW = np.zeros((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
+        for place, row in enumerate(row_B.tolist()):
+            with self._skipping(place, broken):
+                image_B1HW[place, 0] = reader.read(row)
         return torch.from_numpy(image_B1HW)
 
-    def _levels(self, reader: FeatureReader, row_B: Int64) -> dict[int, torch.Tensor]:
-        levels_B = [reader.read(row) for row in row_B.tolist()]
-        return {level: torch.stack([levels[level] for levels in levels_B]) for level in reader.features.levels}
+    def _levels(self, reader: FeatureReader, row_B: Int64, broken: dict[int, str]) -> dict[int, torch.Tensor]:
+        kind, shapes = TYPES[reader.features.header.dtype], reader.features.levels.items()
+        levels = {level: torch.zeros((len(row_B), *shape), dtype=kind) for level, shape in shapes}
+        for place, row in enumerate(row_B.tolist()):
+            with self._skipping(place, broken):
+                for level, stored in reader.read(row).items():
+                    levels[level][place] = stored
+        return levels
+
+    @contextmanager
+    def _skipping(self, place: int, broken: dict[int, str]) -> Iterator[None]:
+        """Write down why a sample cannot be read, where such samples are skipped."""
+        try:
+            yield
+        except UserError as error:
+            if not self.skips:
+                raise
+            broken[place] = f"{error.file}: {error.thing}"
 
 
 def _serve(share: _Share, *, workers: int, prefetch_batches: int, pin_memory: bool) -> Iterator[Batch]:
@@ -284,6 +313,7 @@ def _micro_batches(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
                 weight_B=batch.weight_B[part],
                 sample_B=batch.sample_B[part],
                 levels=None if batch.levels is None else {level: x[part] for level, x in batch.levels.items()},
+                skipped={place - start: text for place, text in batch.skipped.items() if start <= place < part.stop},
             )
 
 

@@ -54,7 +54,7 @@ def newest(root: Path) -> Path | None:
 
 
 def _typed(state: TrainState) -> TrainState:
-    for name in ("step", "epoch", "batches_done", "samples_seen"):
+    for name in ("step", "epoch", "batches_done", "samples_seen", "skipped"):
         if not isinstance(getattr(state, name), int):
             raise TypeError(f"{name} is {getattr(state, name)!r}")
     return state

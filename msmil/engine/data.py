@@ -12,7 +12,8 @@ from shards.manifest import Manifest, check_shards, read_manifest
 
 
 def open_data(config: Config) -> Manifest:
-    """Read and check the data set of a configuration: shards whole, labels known, its fold in place.
+    """Read and check the data set of a configuration: shards whole (unless broken ones are skipped), labels known, its
+    fold in place.
 
     Raises:
         UserError: as read_manifest, check_shards and with_fold; a label that the manifest does not have.
@@ -22,8 +23,9 @@ def open_data(config: Config) -> Manifest:
         if label not in manifest.labels:
             fix = f"choose from {', '.join(manifest.labels)}"
             raise UserError(f"data.labels names {label!r}, which is not packed", file=manifest.directory, fix=fix)
-    check_shards(manifest)
     data = config.data
+    if data.on_error == "stop":
+        check_shards(manifest)  # otherwise what is broken is met, and counted, where it is read
     if data.folds == "none":
         return manifest
     return with_fold(

@@ -102,8 +102,8 @@ def train_epoch(run: Run, epoch: int) -> None:
         step = run.state.step
         shown = (step + 1) % config.tracking.every_steps == 0
         timer.start(exact=shown)
-        report = run.stepper(micro_batches, epoch=epoch, step=step, timer=timer)
-        run.state = after_step(run, epoch, batch_index)
+        report = run.stepper(micro_batches, epoch=epoch, step=step, timer=timer, unread=run.state.skipped)
+        run.state = after_step(run, epoch, batch_index, unread=report.unread)
         losses.append(report.losses["total"])
         if run.tracker is not None:
             run.tracker.advance()
@@ -116,22 +116,35 @@ def train_epoch(run: Run, epoch: int) -> None:
         last = batch_index + 1 == run.schedule.steps_per_epoch  # the end of an epoch is saved once it is validated
         if config.checkpoint.every_steps and run.state.step % config.checkpoint.every_steps == 0 and not last:
             save(run)
-    run.state = replace(run.state, epoch=epoch + 1, batches_done=0)
+    tell_skipped(run, epoch)
+    run.state = replace(run.state, epoch=epoch + 1, batches_done=0, skipped=0)
     if losses:
         speed = len(losses) * config.train.batch_size / (time.perf_counter() - start_s)
         mean = sum(losses) / len(losses)
         log.info("epoch %d of %d: loss %.4f, %.1f images/s", epoch + 1, config.train.epochs, mean, speed)
 
 
-def after_step(run: Run, epoch: int, batch_index: int) -> TrainState:
-    """The state once a step is done; padding does not count as seen."""
+def tell_skipped(run: Run, epoch: int) -> None:
+    """Say at the end of an epoch how many of its samples could not be read, where such are skipped."""
+    if run.pipeline.config.data.on_error == "stop":
+        return
+    skipped, samples = run.state.skipped, run.schedule.samples_per_epoch
+    log.info("epoch %d: %d of %d samples were skipped (data.on_error)", epoch + 1, skipped, samples)
+    if run.tracker is not None:
+        run.tracker.scalars({"train/skipped_samples": float(skipped)}, run.state.step)
+
+
+def after_step(run: Run, epoch: int, batch_index: int, *, unread: int = 0) -> TrainState:
+    """The state once a step is done; padding does not count as seen, nor do samples that could not be read."""
     size = run.pipeline.config.train.batch_size
+    taken = min(size, run.schedule.samples_per_epoch - batch_index * size)
     return replace(
         run.state,
         step=run.state.step + 1,
         epoch=epoch,
         batches_done=batch_index + 1,
-        samples_seen=run.state.samples_seen + min(size, run.schedule.samples_per_epoch - batch_index * size),
+        samples_seen=run.state.samples_seen + taken - unread,
+        skipped=run.state.skipped + unread,
     )
 
 
@@ -155,6 +168,7 @@ def open_stream(run: Run, epoch: int) -> Iterator[Batch]:
             prefetch_batches=config.data.prefetch_batches,
             pin_memory=runtime.device.type == "cuda",
             features=run.pipeline.features,
+            on_error=config.data.on_error,
         )
     )
 

@@ -48,7 +48,8 @@ def plan_of(manifest, **changes):
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in Batch.__slots__ if name != "levels")
+    tensors = [name for name in Batch.__slots__ if name not in ("levels", "skipped")]
+    return a.skipped == b.skipped and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
 
 
 def broken_copy(packed: Path, folder: Path, row: int) -> Manifest:
