@@ -26,6 +26,7 @@ class Started:
 
     folder: Path
     pids: list[int]
+    since_s: float
 
     def send(self, signum: int, *ranks: int) -> None:
         """Send a signal to some ranks, or to all."""
@@ -76,8 +77,9 @@ class Launcher:
         """
         folder = self._folder / f"start_{next(self._numbers)}"
         request = {"folder": str(folder), "arguments": [str(a) for a in arguments], "ranks": ranks}
+        since_s = time.time()
         answer = self._ask("start", **request, program=program, fault=fault, peer_wait_s=peer_wait_s)
-        return Started(folder, answer["pids"])
+        return Started(folder, answer["pids"], since_s)
 
     def wait(self, started: Started, *, deadline_s: float = 90, end_others: bool = True) -> list[int]:
         """Exit codes of all ranks (signals are negative); fails when they hang.
@@ -134,6 +136,16 @@ def poll(condition: Callable[[], bool], *, deadline_s: float, every_s: float = 0
         time.sleep(every_s)
 
 
+def half_written(started: Started, checkpoints: Path) -> list[Path]:
+    """Checkpoints that these ranks have begun and not finished."""
+    found = []
+    for folder in checkpoints.glob(".step_*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            if folder.stat().st_mtime >= started.since_s:
+                found.append(folder)
+    return found
+
+
 def kill_inside_a_save(started: Started, checkpoints: Path, *, deadline_s: float) -> None:
     """SIGKILL rank 0, which writes, while a checkpoint lies there under its temporary name.
 
@@ -141,9 +153,9 @@ def kill_inside_a_save(started: Started, checkpoints: Path, *, deadline_s: float
     """
     end_s = time.monotonic() + deadline_s
     while time.monotonic() < end_s:
-        if any(checkpoints.glob(".step_*")):
+        if half_written(started, checkpoints):
             started.send(signal.SIGSTOP, 0)
-            if any(checkpoints.glob(".step_*")):
+            if half_written(started, checkpoints):
                 started.send(signal.SIGKILL, 0)
                 return
             started.send(signal.SIGCONT, 0)

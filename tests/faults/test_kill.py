@@ -12,7 +12,7 @@ import pytest
 
 from msmil.engine.checkpoint_state import newest
 from tests.faults.experiments import write_full
-from tests.faults.launcher import Launcher, digests, kill_inside_a_save, left_behind, poll
+from tests.faults.launcher import Launcher, digests, half_written, kill_inside_a_save, left_behind, poll
 from tests.faults.places import step_of
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_killed_five_times_it_ends_like_an_unbroken_run(launcher: Launcher, tmp_
         assert "Traceback" not in started.said(1 - victim)
         poll(lambda s=started: left_behind(s) == [], deadline_s=10)
         if moment is None:
-            assert list(checkpoints.glob(".step_*")), "it died inside a save: what it wrote has no final name"
+            assert half_written(started, checkpoints), "it died inside a save: what it wrote has no final name"
     assert launcher.wait(launcher.start(config)) == [0, 0]
     found = newest(checkpoints)
     assert found is not None
