@@ -10,7 +10,7 @@ from tests.experiments import write_tiny
 ON: dict[str, dict[str, Any]] = {
     "bags": {"augment": {"rotation_deg": 5, "gain": 0.2, "noise_sd": 0.02}},
     "model": {"encoder_dropout": 0.3, "attention_dropout": 0.2},
-    "train": {"epochs": 4, "batch_size": 12, "accumulation": 2, "ema_decay": 0.9},
+    "train": {"epochs": 3, "batch_size": 12, "accumulation": 2, "ema_decay": 0.9},
     "checkpoint": {"every_steps": 2},
 }
 

@@ -26,6 +26,7 @@ import torch
 import launch.ranks
 from launch.cli import main as msmil
 from launch.train import rank_main
+from shards.workers import _PRELOAD
 from tests.faults.places import mark_places
 
 GRACE_S = 30.0  # torchrun's
@@ -138,7 +139,7 @@ def _free_port() -> int:
 def main() -> None:
     """Serve until stdin ends."""
     torch.set_num_threads(1)
-    for name in _LATER:
+    for name in (*_LATER, *_PRELOAD):
         importlib.import_module(name)
     world: World | None = None
     print("{}", flush=True)

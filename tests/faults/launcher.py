@@ -20,6 +20,14 @@ from tests.faults.places import read_place
 from tests.worlds import ROOT, alive, environment
 
 
+# jemalloc, which pyarrow brings, would start a thread of its own
+_ONE_THREAD = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+
+
 @dataclass(frozen=True)
 class Started:
     """Ranks that run; their files lie in `folder`."""
@@ -55,7 +63,7 @@ class Launcher:
         self._folder, self._numbers = folder, itertools.count()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.forked"],
-            env=environment(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1"),
+            env=environment(**_ONE_THREAD),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

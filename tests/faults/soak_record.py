@@ -13,6 +13,13 @@ from pathlib import Path
 from tests.faults.places import step_of
 
 _PACKAGES = ("torch", "accelerate", "timm", "safetensors")
+_WORDS = """\
+SIGKILL of one rank, drawn at random, at a moment drawn uniformly over the seconds that an unbroken run takes; then the
+same command again, until the run ends. DDP over gloo, with dropout, augmentation, averaged weights and 2 accumulation
+steps, a save every 2 steps. Compared are the bytes of weights, moments and averaged weights. When a rank has died, the
+launcher sends SIGTERM to the others, as torchrun does: they end by themselves (exit code 1, the connection to the dead
+rank broke) or by that signal.
+"""
 _ENDED = {1: "by itself", -15: "by SIGTERM", -9: "by SIGKILL"}
 
 
@@ -72,11 +79,7 @@ def write_record(file: Path, soak: Soak, *, wanted: int, seed: int, seconds: flo
         f"`python -m tests.faults.soak --kills {wanted} --seed {seed}`: {seconds / 60:.0f} minutes on "
         f"{len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}, {versions}.",
         "",
-        "SIGKILL of one rank, drawn at random, at a moment drawn uniformly over the seconds that an unbroken run "
-        "takes; then the same command again, until the run ends. DDP over gloo, dropout, augmentation, averaged weights and "
-        "2 accumulation steps on, a save every 2 steps. Compared are the bytes of weights, moments and averaged "
-        "weights. When a rank has died, the launcher sends SIGTERM to the others, as torchrun does; they end by themselves "
-        "(exit code 1: the connection to the dead rank broke) or by that signal.",
+        _WORDS,
         "",
         "| | |",
         "|---|---|",
