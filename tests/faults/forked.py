@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 import torch
 
 import launch.ranks
+import launch.train
 from launch.cli import main as msmil
-from launch.train import rank_main
 from shards.workers import _PRELOAD
 from tests.faults.places import mark_places
 
@@ -95,11 +95,12 @@ def _be_rank(request: dict[str, Any], folder: Path, rank: int, port: int) -> NoR
         else:
             _as_a_launcher_says(folder, rank, request["ranks"], port)
             launch.ranks._PEER_WAIT_S = request["peer_wait_s"]
+            sys.modules["__main__"] = launch.train  # decoding processes import the program that starts them
             mark_places(folder / f"rank_{rank}.place")
             if fault := request["fault"]:
                 module, _, name = fault.partition(":")
                 getattr(importlib.import_module(module), name)(rank, folder)
-            code = rank_main(request["arguments"])
+            code = launch.train.rank_main(request["arguments"])
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:

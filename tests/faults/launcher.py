@@ -19,7 +19,6 @@ from typing import Any, Self
 from tests.faults.places import read_place
 from tests.worlds import ROOT, alive, environment
 
-
 # jemalloc, which pyarrow brings, would start a thread of its own
 _ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
