@@ -5,12 +5,10 @@ B images, H W pixels, K labels, M samples of this rank in order, G global batche
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,14 +17,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from shards.errors import UserError
 from shards.feature_codec import TYPES
 from shards.features import FeatureReader, Features
-from shards.files import human_bytes
 from shards.manifest import Manifest
 from shards.plan import EpochPlan, Float32, Int64, rank_slice, worker_batches
 from shards.reader import ShardReader
 from shards.types import Batch
-from shards.workers import start_server, start_worker
-
-_SHARED_MEMORY: Final = Path("/dev/shm")
+from shards.workers import check_shared_memory, start_server, start_worker
 
 
 def train_stream(
@@ -269,7 +264,7 @@ def _serve(share: _Share, *, workers: int, prefetch_batches: int, pin_memory: bo
     workers = min(workers, share.num_batches)
     options: dict[str, Any] = {}
     if workers:
-        _check_shared_memory(workers, (prefetch_batches + 1) * share.num_bytes)
+        check_shared_memory(workers, (prefetch_batches + 1) * share.num_bytes)
         options = {
             "multiprocessing_context": start_server(),
             "worker_init_fn": start_worker,
@@ -306,27 +301,4 @@ def _unwrapped(loader: DataLoader[Batch | _Failure], workers: int) -> Iterator[B
 def _micro_batches(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
     for batch in batches:
         for start in range(0, len(batch.sample_B), size):
-            part = slice(start, start + size)
-            yield Batch(
-                image_B1HW=None if batch.image_B1HW is None else batch.image_B1HW[part],
-                label_BK=batch.label_BK[part],
-                weight_B=batch.weight_B[part],
-                sample_B=batch.sample_B[part],
-                levels=None if batch.levels is None else {level: x[part] for level, x in batch.levels.items()},
-                skipped={place - start: text for place, text in batch.skipped.items() if start <= place < part.stop},
-            )
-
-
-def _check_shared_memory(workers: int, bytes_per_worker: int) -> None:
-    """Batches travel through /dev/shm, which containers keep small; when it is full, the loader hangs or dies."""
-    if not _SHARED_MEMORY.is_dir():
-        return
-    status = os.statvfs(_SHARED_MEMORY)
-    free, needed = status.f_bavail * status.f_frsize, workers * bytes_per_worker
-    if free < needed:
-        raise UserError(
-            f"{workers} decoding processes need {human_bytes(needed)} of shared memory, {human_bytes(free)} are free",
-            fix="start the container with more (docker run --shm-size=16g), or lower the number of decoding processes "
-            "or of batches that each keeps ready",
-            file=_SHARED_MEMORY,
-        )
+            yield batch.part(slice(start, start + size))

@@ -93,6 +93,18 @@ class Batch:
     levels: dict[int, Tensor] | None = None
     skipped: Mapping[int, str] = field(default_factory=dict)
 
+    def part(self, part: slice) -> Batch:
+        """The samples of a slice of the batch, as views."""
+        places = range(len(self.sample_B))[part]
+        return Batch(
+            image_B1HW=None if self.image_B1HW is None else self.image_B1HW[part],
+            label_BK=self.label_BK[part],
+            weight_B=self.weight_B[part],
+            sample_B=self.sample_B[part],
+            levels=None if self.levels is None else {level: x[part] for level, x in self.levels.items()},
+            skipped={places.index(place): text for place, text in self.skipped.items() if place in places},
+        )
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
         return Batch(

@@ -153,6 +153,7 @@ def main() -> None:
             assert world is not None
             answer = world.wait(request["deadline_s"], end_others=request["end_others"])
         print(json.dumps(answer), flush=True)
+    os._exit(0)  # all of torch takes its time to be torn down
 
 
 if __name__ == "__main__":

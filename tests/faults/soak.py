@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from tests.faults.experiments import write_full
 from tests.faults.launcher import Launcher, Started, digests, half_written, left_behind, poll
 from tests.faults.soak_record import Kill, Soak, write_record
 
-_MEASURED_AGAIN = 8  # runs, since the machine may be busier then
+_MEASURED_AGAIN = 15  # runs of a kind later, since the machine may be busier then
 _END_S = 300.0
 
 
@@ -49,7 +50,8 @@ class Killer:
         self.launcher, self.folder = launcher, folder
         self.draw = random.Random(seed)
         self.soak = Soak(kills=[], runs=0, identical=0, unbroken=0, left_behind=0, failed_starts=[])
-        self._wholes: dict[int, Whole] = {}
+        self._wholes: dict[tuple[int, int], Whole] = {}
+        self._runs: Counter[tuple[int, int]] = Counter()
         archive = make_grouped_archive(folder / "archive", exams=24)
         rows = read_grouped_table(archive.table, archive.images)
         self.packed = folder / "shards"
@@ -57,20 +59,14 @@ class Killer:
 
     def run(self, number: int, kills: int) -> None:
         """One run, killed until it ends, or, once `kills` have struck in all, left alone."""
-        ranks, workers = 3 if number % 4 == 3 else 2, 1 if number % 10 == 9 else 0
-        whole = self.whole(ranks, again=number % _MEASURED_AGAIN < 2)
+        ranks, workers = 3 if number % 4 == 3 else 2, 1 if number % 16 == 5 else 0
+        whole = self.whole(ranks, workers)
         name = f"run_{number}"
         config = write_full(self.folder, self.packed, name)
         checkpoints = self.folder / "runs" / name / "checkpoints"
         own: list[Kill] = []
         while True:
-            before = newest(checkpoints)
-            start = Kill(
-                run=number,
-                ranks=ranks,
-                workers=workers,
-                resumed_from=None if before is None else int(before.name.removeprefix("step_")),
-            )
+            start = Kill(run=number, ranks=ranks, workers=workers, start=step_saved(checkpoints))
             started = self.launcher.start(config, f"data.workers={workers}", ranks=ranks)
             struck = self.strike(started, whole.seconds, start) if len(self.soak.kills) + len(own) < kills else None
             codes = self.launcher.wait(started, deadline_s=_END_S)
@@ -81,10 +77,11 @@ class Killer:
                     continue
                 break
             others = [code for rank, code in enumerate(codes) if rank != struck.rank]
-            own.append(replace(struck, others=tuple(others), half_written=bool(half_written(started, checkpoints))))
+            left = bool(half_written(started, checkpoints))
+            own.append(replace(struck, others=tuple(others), half_written=left, goes_on=step_saved(checkpoints)))
         found = newest(checkpoints)
         assert found is not None
-        same = digests(found) == whole.digests and step_of_checkpoint(found) == whole.step
+        same = digests(found) == whole.digests and step_saved(checkpoints) == whole.step
         self.soak.kills += [replace(kill, identical=same) for kill in own]
         self.soak.runs += 1
         self.soak.identical += same
@@ -96,23 +93,28 @@ class Killer:
         started.send(signal.SIGKILL, rank)  # nothing happens to one that has ended and is not waited for yet
         return replace(kill, rank=rank, moment_s=moment_s, place=started.place(rank))
 
-    def whole(self, ranks: int, *, again: bool) -> Whole:
-        """The unbroken run, measured when it was not yet, or again."""
-        before = self._wholes.get(ranks)
-        if before is not None and not again:
+    def whole(self, ranks: int, workers: int) -> Whole:
+        """The unbroken run of a kind, measured when it was not yet, and again after some runs."""
+        kind = ranks, workers
+        before = self._wholes.get(kind)
+        self._runs[kind] += 1
+        if before is not None and self._runs[kind] % _MEASURED_AGAIN:
             return before
         name = f"unbroken_{self.soak.unbroken}"
         begin_s = time.monotonic()
-        started = self.launcher.start(write_full(self.folder, self.packed, name), ranks=ranks)
+        config = write_full(self.folder, self.packed, name)
+        started = self.launcher.start(config, f"data.workers={workers}", ranks=ranks)
         codes = self.launcher.wait(started, deadline_s=_END_S)
         assert codes == [0] * ranks, started.said()
         seconds = time.monotonic() - begin_s
-        found = newest(self.folder / "runs" / name / "checkpoints")
+        checkpoints = self.folder / "runs" / name / "checkpoints"
+        found = newest(checkpoints)
         assert found is not None
-        whole = Whole(seconds, digests(found), step_of_checkpoint(found))
-        assert before is None or (whole.digests, whole.step) == (before.digests, before.step)
+        whole = Whole(seconds, digests(found), step_saved(checkpoints))
+        for (others, _), other in self._wholes.items():
+            assert others != ranks or (whole.digests, whole.step) == (other.digests, other.step)
         self.soak.unbroken += 1
-        self._wholes[ranks] = whole
+        self._wholes[kind] = whole
         return whole
 
     def count_left_behind(self, started: Started) -> None:
@@ -123,9 +125,10 @@ class Killer:
             self.soak.left_behind += len(left_behind(started))
 
 
-def step_of_checkpoint(folder: Path) -> int:
-    """The step that a checkpoint's state names."""
-    return int(json.loads((folder / "state.json").read_text())["train_state"]["step"])
+def step_saved(checkpoints: Path) -> int:
+    """The step that the newest checkpoint's state names; 0 where there is none."""
+    found = newest(checkpoints)
+    return 0 if found is None else int(json.loads((found / "state.json").read_text())["train_state"]["step"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,9 +17,9 @@ _WORDS = """\
 SIGKILL of one rank, drawn at random, at a moment drawn uniformly over the seconds that an unbroken run takes; then the
 same command again, until the run ends. DDP over gloo, with dropout, augmentation, averaged weights and 2 accumulation
 steps, a save every 2 steps. Compared are the bytes of weights, moments and averaged weights. When a rank has died, the
-launcher sends SIGTERM to the others, as torchrun does: they end by themselves (exit code 1, the connection to the dead
-rank broke) or by that signal.
-"""
+launcher sends SIGTERM to the others, as torchrun does: they end by that signal (while they start, or once they have
+noticed that the connection to the dead rank broke and wait for their launcher) or by themselves, with exit code 1. Step
+0 is a start from scratch."""
 _ENDED = {1: "by itself", -15: "by SIGTERM", -9: "by SIGKILL"}
 
 
@@ -27,18 +27,19 @@ _ENDED = {1: "by itself", -15: "by SIGTERM", -9: "by SIGKILL"}
 class Kill:
     """One kill: of which start, when, where the rank was, how the others ended, what was left on the disk.
 
-    resumed_from: the step that the killed start had gone on from, None for a fresh one.
+    start, goes_on: the steps that the killed start and the one behind it went on from, 0 for a fresh one.
     """
 
     run: int
     ranks: int
     workers: int
-    resumed_from: int | None
+    start: int
     rank: int = 0
     moment_s: float = 0.0
     place: str = ""
     others: tuple[int, ...] = ()
     half_written: bool = False
+    goes_on: int = 0
     identical: bool = False
 
 
@@ -68,7 +69,7 @@ def write_record(file: Path, soak: Soak, *, wanted: int, seed: int, seconds: flo
         ("where the killed rank was", _counts(_inside(kill.place) for kill in kills)),
         ("kills that left a half-written checkpoint", sum(kill.half_written for kill in kills)),
         ("how the other ranks ended", _counts(_ENDED.get(code, str(code)) for kill in kills for code in kill.others)),
-        ("starts that went on from a checkpoint", sum(kill.resumed_from is not None for kill in kills)),
+        ("kills behind which the run went on from a checkpoint", sum(kill.goes_on > 0 for kill in kills)),
         ("processes left behind", soak.left_behind),
         ("starts that failed without a kill", len(soak.failed_starts)),
     ]
@@ -90,9 +91,9 @@ def write_record(file: Path, soak: Soak, *, wanted: int, seed: int, seconds: flo
         "`step 7, save`: while it saved in or behind its step 7; `step 7` alone: between phases (waiting for images or "
         "for the sum of the loss).",
         "",
-        "| kill | run | ranks | decoding processes | went on from step | killed rank | after s | where it was | "
-        "half-written checkpoint | others ended | run identical |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kill | run | ranks | decoding processes | start went on from step | killed rank | after s | where it was | "
+        "half-written checkpoint | others ended | next start went on from step | run identical |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(f"| {number} | {_row(kill)} |" for number, kill in enumerate(kills, 1)),
         "",
     ]
@@ -104,12 +105,13 @@ def _row(kill: Kill) -> str:
         kill.run,
         kill.ranks,
         kill.workers,
-        "-" if kill.resumed_from is None else kill.resumed_from,
+        kill.start,
         kill.rank,
         f"{kill.moment_s:.2f}",
         kill.place,
         "yes" if kill.half_written else "",
         ", ".join(_ENDED.get(code, str(code)) for code in kill.others),
+        kill.goes_on,
         "yes" if kill.identical else "**NO**",
     ]
     return " | ".join(str(cell) for cell in cells)
