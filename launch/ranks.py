@@ -115,16 +115,20 @@ def _forwarding(folder: Path) -> Iterator[None]:
     """Hand signals on to the ranks, which live in sessions of their own.
 
     With several ranks the launcher takes SIGTERM over, and Ctrl-C: it sends SIGTERM on, and kills half a minute later.
+    A second Ctrl-C kills the ranks at once.
     """
 
-    def forward(signum: int, _: object) -> None:
+    from msmil.engine.preemption import second_interrupt
+
+    def forward(signum: int, _: object = None) -> None:
         for file in folder.glob(f"*{_PID}"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(file.name.removesuffix(_PID)), signum)
 
     before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try:
-        yield
+        with second_interrupt(lambda: forward(signal.SIGKILL)):
+            yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -54,6 +54,12 @@ class DataConfig:
     shuffle_block_shards: int = opt(16, "samples are shuffled inside blocks of this many shards")
     workers: int = opt(2, "decoding processes per rank; 0 decodes in the training process")
     prefetch_batches: int = opt(2, "batches each decoding process keeps ready")
+    on_error: Literal["stop", "skip"] = opt(
+        "stop",
+        "a training image that cannot be read stops the run, or is skipped, counted and named in the log; "
+        "evaluation always stops, since metrics count every image once",
+    )
+    max_skipped_fraction: float = opt(0.01, "on_error: skip: more than this share of an epoch's images stops the run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +272,8 @@ def _check(config: Config) -> None:
         fix = "set data.last_batch: drop or wrap, since the repeated images of a padded batch would move the statistics"
         key = "data.last_batch (where statistics move)"
         _require(data.last_batch != "pad", key, data.last_batch, fix)
+        fix = "set data.on_error: stop, since the black image in place of a skipped one would move the statistics"
+        _require(data.on_error == "stop", "data.on_error (where statistics move)", data.on_error, fix)
     fix = "the warm-up must not outlast the run"
     _require(config.optim.warmup_epochs <= train.epochs, "optim.warmup_epochs", config.optim.warmup_epochs, fix)
     check_frozen(train)

@@ -64,4 +64,7 @@ _BELOW_ONE = (
     "model.encoder_dropout", "model.attention_dropout", "model.classifier_dropout", "optim.beta1", "optim.beta2",
     "train.ema_decay", "evaluate.confidence",
 )  # fmt: skip
-_UP_TO_ONE = ("bags.augment.horizontal_flip", "bags.augment.vertical_flip", "loss.uniform_attention_share")
+_UP_TO_ONE = (
+    "data.max_skipped_fraction", "bags.augment.horizontal_flip", "bags.augment.vertical_flip",
+    "loss.uniform_attention_share",
+)  # fmt: skip

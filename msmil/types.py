@@ -81,6 +81,7 @@ class TrainState:
     """Where a run stands; the same on every rank. `epoch` and `batches_done` say where the order of samples goes on.
 
     metric: of the validation at this very step, None where there was none.
+    skipped: samples of this epoch that could not be read (data.on_error: skip).
     """
 
     step: int
@@ -91,3 +92,4 @@ class TrainState:
     best_step: int | None
     data_fingerprint: str
     metric: float | None = None
+    skipped: int = 0

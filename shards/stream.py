@@ -5,12 +5,10 @@ B images, H W pixels, K labels, M samples of this rank in order, G global batche
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,16 +16,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.errors import UserError
+from shards.feature_codec import TYPES
 from shards.features import FeatureReader, Features
-from shards.files import human_bytes
 from shards.manifest import Manifest
 from shards.order import GroupBy, Sampling, train_plan
 from shards.plan import LastBatch, rank_slice, worker_batches
 from shards.reader import ShardReader
 from shards.types import Batch
-from shards.workers import start_server, start_worker
-
-_SHARED_MEMORY: Final = Path("/dev/shm")
+from shards.workers import check_shared_memory, start_server, start_worker
 
 
 def train_stream(
@@ -49,6 +45,7 @@ def train_stream(
     sampling: Sampling = "uniform",
     group_by: GroupBy = "none",
     features: Features | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> Iterator[Batch]:
     """This rank's micro-batches of an epoch in order, `accumulation` for each global batch from `start_batch` on.
 
@@ -70,10 +67,11 @@ def train_stream(
         sampling: each image once, or draws from the classes of `labels` in turn (shards.balance).
         group_by: exam keeps the images of an exam in one global batch (shards.exams).
         features: what to read instead of images.
+        on_error: a sample that cannot be read ends the stream, or is skipped (`Batch.skipped`).
 
     Raises:
         UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
-            when a sample cannot be read, in its place in the order.
+            when a sample cannot be read and on_error is stop, in its place in the order.
     """
     plan = train_plan(
         manifest,
@@ -97,6 +95,7 @@ def train_stream(
         size=len(columns),
         features=features,
         images=features is None,
+        on_error=on_error,
     )
     batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
     return _micro_batches(batches, len(columns) // accumulation)
@@ -117,7 +116,8 @@ def evaluation_stream(
     """The given manifest rows in order, each once, with weight 1; the last batch may be short.
 
     The arguments are those of `train_stream`, but `batch_size` counts the images of this rank's batch, and `images`
-    says whether they are read too where there are `features`. Errors are the same.
+    says whether they are read too where there are `features`. A sample that cannot be read always ends the stream:
+    metrics count every image once.
     """
     assert batch_size >= 1
     share = _Share(
@@ -173,11 +173,13 @@ class _Share(IterableDataset[Batch | _Failure]):
         size: int,
         features: Features | None = None,
         images: bool = True,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         assert images or features is not None
         manifest.label_NK(labels, row_M[:0])  # an unknown label is said here, before a process starts
         self.manifest = manifest.packed()
         self.labels = tuple(labels)
+        self.skips = on_error == "skip"
         self.features = features
         self.images = images
         self.row_M = row_M
@@ -201,32 +203,56 @@ class _Share(IterableDataset[Batch | _Failure]):
                 yield made
 
     def _batch(self, images: ShardReader | None, features: FeatureReader | None, part: slice) -> Batch:
-        row_B = self.row_M[part]
+        row_B, weight_B = self.row_M[part], self.counts_M[part].astype(np.float32)
+        broken: dict[int, str] = {}
+        image_B1HW = None if images is None else self._images(images, row_B, broken)
+        levels = None if features is None else self._levels(features, row_B, broken)
+        skipped = {place: text for place, text in broken.items() if weight_B[place] > 0}  # padding is in no epoch
+        weight_B[list(skipped)] = 0
         return Batch(
-            image_B1HW=None if images is None else self._images(images, row_B),
+            image_B1HW=image_B1HW,
             label_BK=torch.from_numpy(self.manifest.label_NK(self.labels, row_B)),
-            weight_B=torch.from_numpy(self.counts_M[part].astype(np.float32)),
+            weight_B=torch.from_numpy(weight_B),
             sample_B=torch.from_numpy(row_B.astype(np.int64)),
-            levels=None if features is None else self._levels(features, row_B),
+            levels=levels,
+            skipped=skipped,
         )
 
-    def _images(self, reader: ShardReader, row_B: NDArray[np.int32]) -> torch.Tensor:
+    def _images(self, reader: ShardReader, row_B: NDArray[np.int32], broken: dict[int, str]) -> torch.Tensor:
         manifest = self.manifest
-        image_B1HW = np.empty((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
-        for image_1HW, row in zip(image_B1HW, row_B.tolist(), strict=True):
-            image_1HW[0] = reader.read(row)
+        image_B1HW = np.zeros((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
+        for place, row in enumerate(row_B.tolist()):
+            with self._skipping(place, broken):
+                image_B1HW[place, 0] = reader.read(row)
         return torch.from_numpy(image_B1HW)
 
-    def _levels(self, reader: FeatureReader, row_B: NDArray[np.int32]) -> dict[int, torch.Tensor]:
-        levels_B = [reader.read(row) for row in row_B.tolist()]
-        return {level: torch.stack([levels[level] for levels in levels_B]) for level in reader.features.levels}
+    def _levels(
+        self, reader: FeatureReader, row_B: NDArray[np.int32], broken: dict[int, str]
+    ) -> dict[int, torch.Tensor]:
+        kind, shapes = TYPES[reader.features.header.dtype], reader.features.levels.items()
+        levels = {level: torch.zeros((len(row_B), *shape), dtype=kind) for level, shape in shapes}
+        for place, row in enumerate(row_B.tolist()):
+            with self._skipping(place, broken):
+                for level, stored in reader.read(row).items():
+                    levels[level][place] = stored
+        return levels
+
+    @contextmanager
+    def _skipping(self, place: int, broken: dict[int, str]) -> Iterator[None]:
+        """Write down why a sample cannot be read, where such samples are skipped."""
+        try:
+            yield
+        except UserError as error:
+            if not self.skips:
+                raise
+            broken[place] = f"{error.file}: {error.thing}"
 
 
 def _serve(share: _Share, *, workers: int, prefetch_batches: int, pin_memory: bool) -> Iterator[Batch]:
     workers = min(workers, share.num_batches)
     options: dict[str, Any] = {}
     if workers:
-        _check_shared_memory(workers, (prefetch_batches + 1) * share.num_bytes)
+        check_shared_memory(workers, (prefetch_batches + 1) * share.num_bytes)
         options = {
             "multiprocessing_context": start_server(),
             "worker_init_fn": start_worker,
@@ -263,26 +289,4 @@ def _unwrapped(loader: DataLoader[Batch | _Failure], workers: int) -> Iterator[B
 def _micro_batches(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
     for batch in batches:
         for start in range(0, len(batch.sample_B), size):
-            part = slice(start, start + size)
-            yield Batch(
-                image_B1HW=None if batch.image_B1HW is None else batch.image_B1HW[part],
-                label_BK=batch.label_BK[part],
-                weight_B=batch.weight_B[part],
-                sample_B=batch.sample_B[part],
-                levels=None if batch.levels is None else {level: x[part] for level, x in batch.levels.items()},
-            )
-
-
-def _check_shared_memory(workers: int, bytes_per_worker: int) -> None:
-    """Batches travel through /dev/shm, which containers keep small; when it is full, the loader hangs or dies."""
-    if not _SHARED_MEMORY.is_dir():
-        return
-    status = os.statvfs(_SHARED_MEMORY)
-    free, needed = status.f_bavail * status.f_frsize, workers * bytes_per_worker
-    if free < needed:
-        raise UserError(
-            f"{workers} decoding processes need {human_bytes(needed)} of shared memory, {human_bytes(free)} are free",
-            fix="start the container with more (docker run --shm-size=16g), or lower the number of decoding processes "
-            "or of batches that each keeps ready",
-            file=_SHARED_MEMORY,
-        )
+            yield batch.part(slice(start, start + size))

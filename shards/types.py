@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Batch:
 
     image_B1HW: uint8 or uint16, None where features take their place; label_BK: int8 with 1, 0, -1 (unknown);
     weight_B: float32, 0 marks padding; sample_B: int64 row of the manifest;
-    levels: {stride or tile size: stored features, [B, N, ...]}, where they are read.
+    levels: {stride or tile size: stored features, [B, N, ...]}, where they are read;
+    skipped: {place in the batch: what is broken} of samples that could not be read: black, and of weight 0.
     """
 
     image_B1HW: Tensor | None
@@ -89,6 +91,19 @@ class Batch:
     weight_B: Tensor
     sample_B: Tensor
     levels: dict[int, Tensor] | None = None
+    skipped: Mapping[int, str] = field(default_factory=dict)
+
+    def part(self, part: slice) -> Batch:
+        """The samples of a slice of the batch, as views."""
+        places = range(len(self.sample_B))[part]
+        return Batch(
+            image_B1HW=None if self.image_B1HW is None else self.image_B1HW[part],
+            label_BK=self.label_BK[part],
+            weight_B=self.weight_B[part],
+            sample_B=self.sample_B[part],
+            levels=None if self.levels is None else {level: x[part] for level, x in self.levels.items()},
+            skipped={places.index(place): text for place, text in self.skipped.items() if place in places},
+        )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
@@ -98,4 +113,5 @@ class Batch:
             weight_B=self.weight_B.pin_memory(),
             sample_B=self.sample_B.pin_memory(),
             levels=None if self.levels is None else {level: x.pin_memory() for level, x in self.levels.items()},
+            skipped=self.skipped,
         )

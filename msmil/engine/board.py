@@ -98,6 +98,8 @@ def layout(run: Run) -> dict[str, dict[str, list[Any]]]:
     }
     if run.pipeline.runtime.world > 1:
         speed["seconds of each rank, until it waits for the others"] = ["Multiline", [r"ranks/seconds/.*$"]]
+    skips = config.data.on_error == "skip"
+    data = {"data": {"skipped samples of an epoch": _tags("train/skipped_samples")}} if skips else {}
     return {
         "loss: training and validation": {
             name.replace("/", " "): _tags(f"train/loss/{name}", f"val/loss/{name}") for name in loss_names(config)
@@ -109,6 +111,7 @@ def layout(run: Run) -> dict[str, dict[str, list[Any]]]:
         },
         "optimizer": {"learning rate": ["Multiline", [r"train/lr/.*$"]], "gradient": _tags("train/gradient_norm")},
         "speed": speed,
+        **data,
     }
 
 

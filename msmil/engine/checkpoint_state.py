@@ -102,7 +102,7 @@ def metric_of(state: TrainState) -> float | None:
 
 
 def _typed(state: TrainState) -> TrainState:
-    for name in ("step", "epoch", "batches_done", "samples_seen"):
+    for name in ("step", "epoch", "batches_done", "samples_seen", "skipped"):
         if not isinstance(getattr(state, name), int):
             raise TypeError(f"{name} is {getattr(state, name)!r}")
     return state

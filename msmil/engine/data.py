@@ -16,7 +16,8 @@ from shards.subset import with_fraction
 
 
 def open_data(config: Config) -> Manifest:
-    """Read and check the data set of a configuration: shards whole, labels known, its fold and its share in place.
+    """Read and check the data set of a configuration: shards whole (unless broken ones are skipped), labels known, its
+    fold and its share in place.
 
     Raises:
         UserError: as read_manifest, check_shards and with_fold; a label that the manifest does not have.
@@ -26,8 +27,9 @@ def open_data(config: Config) -> Manifest:
         if label not in manifest.labels:
             fix = f"choose from {', '.join(manifest.labels)}"
             raise UserError(f"data.labels names {label!r}, which is not packed", file=manifest.directory, fix=fix)
-    check_shards(manifest)
     data = config.data
+    if data.on_error == "stop":
+        check_shards(manifest)  # otherwise what is broken is met, and counted, where it is read
     if data.folds != "none":
         manifest = with_fold(
             manifest, folds=data.folds, fold=data.fold, seed=data.fold_seed, labels=data.labels, rule=data.fold_rule

@@ -35,8 +35,9 @@ MOVES_NOTHING: tuple[str, ...] = (
 )  # fmt: skip
 # What a resumed run may change: those, the learning rate, and how the same steps are computed.
 MAY_CHANGE: tuple[str, ...] = (
-    *MOVES_NOTHING, "optim.lr", "train.engine", "train.zero_stage", "train.offload_optimizer", "train.accumulation",
-    "train.gradient_checkpointing", "train.channels_last", "train.compile",
+    *MOVES_NOTHING, "data.on_error", "data.max_skipped_fraction", "optim.lr", "train.engine", "train.zero_stage",
+    "train.offload_optimizer", "train.accumulation", "train.gradient_checkpointing", "train.channels_last",
+    "train.compile",
 )  # fmt: skip
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pandas", "pyarrow", "scikit-learn")
 

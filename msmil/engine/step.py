@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from msmil.engine.broken import refuse_non_finite, settle_skipped
 from msmil.engine.engines import make_engine
 from msmil.engine.losses import BagLoss, LossParts
 from msmil.engine.memory import OutOfMemory, explained, training_out_of_memory
@@ -24,7 +25,6 @@ from msmil.engine.seeding import seed_micro_step
 from msmil.engine.tracking import PhaseTimer
 from msmil.models.backbone import set_trainable
 from msmil.models.mil import MILModel
-from shards.errors import UserError
 from shards.stream import blank_batch
 from shards.types import Batch
 
@@ -35,8 +35,8 @@ Blocks = Literal["all"] | int
 class StepReport:
     """What one step did, the same on all ranks.
 
-    stop: a rank was asked to stop; save: a checkpoint is due by the clock; save_failed: the last one could not be
-    written.
+    unread: samples that could not be read and were skipped; stop: a rank was asked to stop; save: a checkpoint is due
+    by the clock; save_failed: the last one could not be written.
     own_s: seconds of each rank until its last backward, in which the ranks wait for each other; empty in steps that
     are not timed exactly.
     """
@@ -44,6 +44,7 @@ class StepReport:
     losses: dict[str, float]
     gradient_norm: float
     skipped: bool
+    unread: int
     stop: bool
     save: bool
     save_failed: bool
@@ -59,6 +60,11 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     uniform_steps: float
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that count in an epoch."""
+        return int(self.samples_G.sum())
 
     def uniform_mix(self, step: int) -> float:
         """Share of uniform attention at a step: 1 -> 0 over the first uniform_steps."""
@@ -95,29 +101,36 @@ class Stepper:
         """Learning rate of each group in the step that was done last."""
         return {group["name"]: group["lr"] for group in self._optimizer.param_groups}
 
-    def __call__(self, batches: Iterator[Batch], *, epoch: int, step: int, timer: PhaseTimer) -> StepReport:
+    def __call__(
+        self, batches: Iterator[Batch], *, epoch: int, step: int, timer: PhaseTimer, unread: int = 0
+    ) -> StepReport:
         """Do optimizer step number `step` (0-based) on the next `accumulation` micro-batches.
 
+        `unread` samples were skipped in this epoch before, since they could not be read.
+
         Raises:
-            UserError: the loss or the gradient is not finite; no parameter was changed.
+            UserError: the loss or the gradient is not finite, or too many samples cannot be read; no parameter was
+                changed.
             OutOfMemory: the micro-batch is too large for the device.
         """
         with explained(self._out_of_memory):
-            return self._step(batches, epoch=epoch, step=step, timer=timer)
+            return self._step(batches, epoch=epoch, step=step, timer=timer, unread=unread)
 
-    def _step(self, batches: Iterator[Batch], *, epoch: int, step: int, timer: PhaseTimer) -> StepReport:
+    def _step(self, batches: Iterator[Batch], *, epoch: int, step: int, timer: PhaseTimer, unread: int) -> StepReport:
         config = self.pipeline.config
         factor = learning_rate_factor(
             step, total_steps=self.schedule.total_steps, warmup_steps=self.schedule.warmup_steps
         )
         set_learning_rate(self._optimizer, factor)
         self.module.train()
-        rows: list[int] = []
+        rows: list[list[int]] = []
+        broken: list[str] = []
         shares: list[Tensor] = []
         for micro in range(config.train.accumulation):
             batch = next(batches)
             timer.mark("wait")
-            rows += batch.sample_B.tolist()
+            rows.append(batch.sample_B.tolist())
+            broken += batch.skipped.values()
             with self.engine.micro_step(last=micro == config.train.accumulation - 1):
                 parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
                 timer.mark("forward")
@@ -125,13 +138,24 @@ class Stepper:
                 self.engine.backward(parts.total)
                 timer.mark("backward")
             shares.append(torch.stack([*parts.named(self.pipeline.labels).values()]))
-        losses, flags, seconds = self._reduce(parts, torch.stack(shares).sum(0), own_s if timer.exact else None)
+        share_MP = torch.stack(shares)  # M micro-steps, P parts of the loss, the total first
+        losses, newly_unread, flags, seconds = self._reduce(
+            parts, share_MP.sum(0), len(broken), own_s if timer.exact else None
+        )
         timer.mark("communication")
-        self._refuse_non_finite("loss", losses["total"], rows)
+        settle_skipped(
+            self.pipeline,
+            broken,
+            skipped=newly_unread,
+            before=unread,
+            samples_per_epoch=self.schedule.samples_per_epoch,
+        )
+        if not math.isfinite(losses["total"]):
+            refuse_non_finite(self.pipeline, "loss", rows, share_MP[:, 0])
         overflows = config.train.precision == "fp16"
         norm, skipped = self.engine.update(config.optim.clip_grad_norm, may_overflow=overflows)
-        if not overflows:
-            self._refuse_non_finite("gradient", norm, rows)
+        if not overflows and not math.isfinite(norm):  # fp16 scales gradients and skips the steps that overflow
+            refuse_non_finite(self.pipeline, "gradient", rows)
         self._after_update(skipped)
         timer.mark("optimizer")
         stop, save, save_failed = flags
@@ -139,6 +163,7 @@ class Stepper:
             losses=losses,
             gradient_norm=norm,
             skipped=skipped,
+            unread=newly_unread,
             stop=stop,
             save=save,
             save_failed=save_failed,
@@ -163,31 +188,24 @@ class Stepper:
         return parts
 
     def _reduce(
-        self, parts: LossParts, share: Tensor, own_s: float | None
-    ) -> tuple[dict[str, float], list[bool], tuple[float, ...]]:
-        """The loss, what some rank tells (stop, save, a save failed) and the seconds of each, in one all-reduce.
+        self, parts: LossParts, share: Tensor, unread: int, own_s: float | None
+    ) -> tuple[dict[str, float], int, list[bool], tuple[float, ...]]:
+        """The loss, how many samples are skipped, what some rank tells (stop, save, a save failed) and the seconds of
+        each, in one all-reduce.
 
         In the seconds a rank fills its place among zeros. Only rank 0 saves, and its clock alone counts.
         """
         runtime, names = self.pipeline.runtime, list(parts.named(self.pipeline.labels))
         told = [self.request.signum > 0, runtime.is_main and self.saver.due, self.saver.failed]
-        share = torch.cat([share, share.new_tensor([float(one) for one in told])])
+        share = torch.cat([share, share.new_tensor([float(one) for one in (unread, *told)])])
         if own_s is not None:
             place_W = share.new_zeros(runtime.world)
             place_W[runtime.rank] = own_s
             share = torch.cat([share, place_W])
         values = runtime.sum(share).tolist()
-        losses, rest = dict(zip(names, values[: len(names)], strict=True)), values[len(names) :]
-        return losses, [count > 0 for count in rest[: len(told)]], tuple(rest[len(told) :])
-
-    def _refuse_non_finite(self, what: str, value: float, rows: list[int]) -> None:
-        """All ranks have the same value. fp16 scales gradients and skips the steps in which they overflow."""
-        if math.isfinite(value):
-            return
-        every = sorted({row for part in self.pipeline.runtime.gather(rows) for row in part})
-        images = ", ".join(self.pipeline.manifest.record(row).key for row in every)
-        fix = "look at these images, lower optim.lr, set optim.clip_grad_norm, or train in fp32"
-        raise UserError(f"the {what} is not finite; the batch held the samples {images}", fix=fix)
+        losses = dict(zip(names, values[: len(names)], strict=True))
+        skipped, *rest = values[len(names) :]
+        return losses, round(skipped), [count > 0 for count in rest[: len(told)]], tuple(rest[len(told) :])
 
     def _after_update(self, skipped: bool) -> None:
         if self._moved:

@@ -107,8 +107,8 @@ def train_epoch(run: Run, epoch: int) -> None:
         step = run.state.step
         shown = (step + 1) % config.tracking.every_steps == 0
         timer.start(exact=shown)
-        report = run.stepper(stream, epoch=epoch, step=step, timer=timer)
-        run.state = after_step(run, epoch, batch_index)
+        report = run.stepper(stream, epoch=epoch, step=step, timer=timer, unread=run.state.skipped)
+        run.state = after_step(run, epoch, batch_index, unread=report.unread)
         losses.append(report.losses["total"])
         if run.tracker is not None:
             run.tracker.advance()
@@ -124,22 +124,34 @@ def train_epoch(run: Run, epoch: int) -> None:
         due = report.save or (every > 0 and run.state.step % every == 0)
         if due and not last:  # the end of an epoch is saved once it is validated
             save(run)
-    run.state = replace(run.state, epoch=epoch + 1, batches_done=0)
+    tell_skipped(run, epoch)
+    run.state = replace(run.state, epoch=epoch + 1, batches_done=0, skipped=0)
     if losses:
         speed = len(losses) * config.train.batch_size / (time.perf_counter() - start_s)
         mean = sum(losses) / len(losses)
         log.info("epoch %d of %d: loss %.4f, %.1f images/s", epoch + 1, config.train.epochs, mean, speed)
 
 
-def after_step(run: Run, epoch: int, batch_index: int) -> TrainState:
-    """The state once a step is done; padding does not count as seen."""
+def tell_skipped(run: Run, epoch: int) -> None:
+    """Say at the end of an epoch how many of its samples could not be read, where such are skipped."""
+    if run.pipeline.config.data.on_error == "stop":
+        return
+    skipped, samples = run.state.skipped, run.schedule.samples_per_epoch
+    log.info("epoch %d: %d of %d samples were skipped (data.on_error)", epoch + 1, skipped, samples)
+    if run.tracker is not None:
+        run.tracker.scalars({"train/skipped_samples": float(skipped)}, run.state.step)
+
+
+def after_step(run: Run, epoch: int, batch_index: int, *, unread: int = 0) -> TrainState:
+    """The state once a step is done; padding does not count as seen, nor do samples that could not be read."""
     return replace(
         run.state,
         step=run.state.step + 1,
         epoch=epoch,
         batches_done=batch_index + 1,
-        samples_seen=run.state.samples_seen + int(run.schedule.samples_G[batch_index]),
+        samples_seen=run.state.samples_seen + int(run.schedule.samples_G[batch_index]) - unread,
         metric=None,
+        skipped=run.state.skipped + unread,
     )
 
 
@@ -170,6 +182,7 @@ def micro_batches(pipeline: Pipeline, epoch: int, *, start_batch: int) -> Iterat
             prefetch_batches=config.data.prefetch_batches,
             pin_memory=runtime.device.type == "cuda",
             features=pipeline.features,
+            on_error=config.data.on_error,
         )
     )
     return on_device(stream, runtime.device)

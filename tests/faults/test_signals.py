@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,55 +14,88 @@ from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest
 from msmil.engine.preemption import StopRequest
 from tests.experiments import write_tiny
-from tests.worlds import ROOT, children_running, environment, wait_for
+from tests.faults.launcher import Launcher, poll
+from tests.faults.places import step_of
+from tests.worlds import alive, children_running, wait_for
+
+LONG = {"train": {"epochs": 5000}, "evaluate": {"every_epochs": 5000}, "checkpoint": {"keep_last": 1}}
 
 
 def test_a_handler_only_sets_a_flag_and_a_second_ctrl_c_is_obeyed_at_once() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    request = StopRequest()
+    before, ended = signal.getsignal(signal.SIGINT), threading.Event()
+    request = StopRequest(at_second=ended.set)
     request.watch()
     try:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert request.signum == signal.SIGUSR1
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signum == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+        assert not ended.wait(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended.wait(10)
     finally:
         request.restore()
     assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
-def test_a_job_that_is_preempted_saves_and_goes_on(tmp_path: Path, packed: Path) -> None:
-    """SIGTERM to the launcher; then SIGUSR1 to it; then SIGTERM to one rank alone. Nothing is saved but at a stop."""
-    config = write_tiny(tmp_path, packed, name="job", train={"epochs": 5000}, evaluate={"every_epochs": 5000})
-    folder = tmp_path / "runs" / "job"
-    done = 0
-    for number, signum in enumerate((signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM)):
-        command = [sys.executable, "-m", "launch.cli", "train", str(config), "--ranks", "2", "checkpoint.keep_last=1"]
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        lines = len(text.splitlines()) if (text := _log(folder)) else 0
-        wait_for(lambda lines=lines: _log(folder).count("loss") > _count(folder, lines) + 1, deadline_s=90)
-        ranks = children_running("launch.train", process.pid)
-        assert len(ranks) == 2
-        os.kill(ranks[1] if number == 2 else process.pid, signum)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 128 + signum, err
-        assert f"msmil: stopped by {signum.name} behind step" in err
-        assert "Traceback" not in err
-        checkpoint = newest(folder / "checkpoints")
+def test_ranks_stop_together_save_and_go_on(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
+    """SIGTERM to all ranks, to one of them; then each of the other signals. Nothing is saved but at a stop."""
+    config, done = write_tiny(tmp_path, packed, name="job", **LONG), 0
+    asked = [(signal.SIGTERM, (0, 1)), (signal.SIGTERM, (1,)), (signal.SIGUSR1, (1,)), (signal.SIGUSR2, (0, 1))]
+    for signum, ranks in [*asked, (signal.SIGINT, (0,))]:
+        started = launcher.start(config)
+        poll(lambda s=started, d=done: step_of(s.place(0)) > d + 1, deadline_s=60)
+        started.send(signum, *ranks)
+        assert launcher.wait(started) == [128 + signum] * 2
+        assert done == 0 or f"step {done})" in started.said(), "it went on from the step that was saved"
+        checkpoint = newest(tmp_path / "runs" / "job" / "checkpoints")
         assert checkpoint is not None
         state = load_checkpoint(checkpoint).state
         assert state.step > done
-        assert number == 0 or f"step {done})" in err, "it went on from the step that was saved"
+        assert (
+            f"{signum} stopped by {signum.name} behind step {state.step}"
+            in (started.folder / "stopped.txt").read_text()
+        )
+        assert not any("Traceback" in started.said(rank) for rank in range(2))
         done = state.step
 
 
-def _log(folder: Path) -> str:
-    file = folder / "log.txt"
-    return file.read_text() if file.exists() else ""
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_ranks_that_hang(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
+    """Rank 0 waits in a collective for rank 1, which never comes: there the first Ctrl-C cannot be obeyed."""
+    started = launcher.start(write_tiny(tmp_path, packed, **LONG), fault="tests.faults.hooks:hanging_step")
+    wait_for((started.folder / "hangs").exists, deadline_s=60)
+    started.send(signal.SIGINT)
+    time.sleep(1)
+    assert all(alive(pid) for pid in started.pids)
+    started.send(signal.SIGINT)
+    assert launcher.wait(started, deadline_s=10) == [130, 130]
 
 
-def _count(folder: Path, lines: int) -> int:
-    return "\n".join(_log(folder).splitlines()[:lines]).count("loss")
+@pytest.mark.slow
+def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
+    """SIGUSR1; then Ctrl-C while the ranks do not answer, and once more."""
+    arguments = ["train", write_tiny(tmp_path, packed, name="job", **LONG), "--ranks", "2"]
+    log = tmp_path / "runs" / "job" / "log.txt"
+    started = launcher.start(*arguments, ranks=1, program="msmil")
+    wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=90)
+    assert len(children_running("launch.train", started.pids[0])) == 2
+    started.send(signal.SIGUSR1)
+    assert launcher.wait(started) == [128 + signal.SIGUSR1]
+    assert "msmil: stopped by SIGUSR1 behind step" in started.said()
+    assert "Traceback" not in started.said()
+
+    lines = log.read_text().count("loss")
+    started = launcher.start(*arguments, ranks=1, program="msmil")
+    wait_for(lambda: log.read_text().count("loss") > lines + 1, deadline_s=90)
+    ranks = children_running("launch.train", started.pids[0])
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    started.send(signal.SIGINT)
+    time.sleep(1)
+    assert all(alive(pid) for pid in [*ranks, *started.pids])
+    started.send(signal.SIGINT)
+    assert launcher.wait(started, deadline_s=15) == [130]
+    assert not any(alive(pid) for pid in ranks)
+    assert "Traceback" not in started.said()

@@ -94,6 +94,8 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ({"train": {"encoder": "frozen", "trainable_blocks": 4}}, "trainable_blocks: all"),
         ({"model": {"mil_encoder": "isab", "encoder_dropout": 0.5}}, "only the mlp encoder"),
         ({"train": {"batch_norm": "train"}}, "last_batch: drop"),
+        ({"train": {"batch_norm": "train"}, "data": {"last_batch": "drop", "on_error": "skip"}}, "on_error: stop"),
+        ({"data": {"max_skipped_fraction": 1.5}}, "0 <= x <= 1"),
         ({"name": "a/b"}, "plain folder name"),
         ({"seed": -1}, "not negative"),
         ({"loss": {"instance_weight": 1}, "model": {"deep_supervision": False}}, "deep_supervision: true"),

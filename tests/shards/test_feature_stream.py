@@ -99,3 +99,19 @@ def test_a_broken_shard_is_named_in_its_place(manifest: Manifest, tmp_path: Path
     with pytest.raises(UserError, match="changed since it was extracted") as caught:
         next(stream)
     assert caught.value.file == str(broken.directory / broken.shards[place.shard].name)
+
+
+def test_a_broken_sample_is_skipped_where_asked_for(manifest: Manifest, tmp_path: Path) -> None:
+    broken = make_features(manifest, tmp_path / "out")
+    row = int(next(iter(training(manifest, start_batch=2))).sample_B[3])
+    place = broken.place(row)
+    with (broken.directory / broken.shards[place.shard].name).open("r+b") as tar:
+        tar.seek(place.offset_bytes)
+        tar.write(b"?")
+    batch = list(training(manifest, features=broken, on_error="skip"))[2]
+    assert list(batch.skipped) == [3]
+    assert batch.weight_B.tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
+    assert batch.levels is not None
+    for level, x_BN in batch.levels.items():
+        assert not x_BN[3].any()
+        assert torch.equal(x_BN[2], random_levels(int(batch.sample_B[2]))[level].to(x_BN.dtype))

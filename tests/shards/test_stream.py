@@ -47,7 +47,8 @@ def plan_of(manifest, **changes):
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in Batch.__slots__ if name != "levels")
+    tensors = [name for name in Batch.__slots__ if name not in ("levels", "skipped")]
+    return a.skipped == b.skipped and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
 
 
 def broken_copy(packed: Path, folder: Path, row: int) -> Manifest:
@@ -195,6 +196,37 @@ def test_a_broken_sample_is_the_readers_error_in_its_place(packed, tmp_path, wor
         expected.value.thing, expected.value.fix, expected.value.file,
     )  # fmt: skip
     assert f"(row {row})" in str(caught.value)
+
+
+@with_processes
+def test_a_broken_sample_is_skipped_where_asked_for(packed, tmp_path, manifest, workers):
+    plan = plan_of(manifest)
+    place = 5
+    row = int(plan.batch(1)[0][place])
+    broken = broken_copy(packed, tmp_path / "broken", row)
+    expected = list(training(manifest, accumulation=2))
+    found = list(training(broken, accumulation=2, on_error="skip", workers=workers))
+    told = [(n, where, text) for n, batch in enumerate(found) for where, text in batch.skipped.items()]
+    assert [(n, where) for n, where, _ in told] == [(3, 1)], "in the second half of global batch 1"
+    shard = manifest.location(row)[0]
+    assert f"{manifest.shards[shard].name}: changed" in told[0][2]
+    assert f"(row {row})" in told[0][2]
+    for n, (batch, whole) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(batch.sample_B, whole.sample_B)
+        assert torch.equal(batch.label_BK, whole.label_BK)
+        other = torch.tensor([n != 3 or b != 1 for b in range(len(batch.sample_B))])
+        assert torch.equal(batch.image_B1HW[other], whole.image_B1HW[other])
+        assert torch.equal(batch.weight_B[other], whole.weight_B[other])
+    assert found[3].weight_B[1] == 0
+    assert not found[3].image_B1HW[1].any()
+
+
+def test_padding_that_is_broken_is_no_skipped_sample(packed, tmp_path, manifest):
+    rows_B, weight_B = plan_of(manifest).batch(plan_of(manifest).num_batches - 1)
+    row = int(rows_B[weight_B == 0][0])
+    last = list(training(broken_copy(packed, tmp_path / "broken", row), on_error="skip"))[-1]
+    assert [int(last.sample_B[place]) for place in last.skipped] == [row]
+    assert last.weight_B.sum() == weight_B.sum() - 1
 
 
 @with_processes

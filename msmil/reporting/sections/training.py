@@ -25,7 +25,7 @@ _PHASES: Final = {
 
 
 def training_section(run: RunFiles, prefix: str, budget: Budget) -> Section:
-    """The curves that TensorBoard shows, and a table of speed."""
+    """The curves that TensorBoard shows, skipped images, and a table of speed."""
     title = "Training"
     if not run.curves.scalars:
         text = "There are no TensorBoard events in this run folder: nothing was trained here, or they were removed."
@@ -34,7 +34,7 @@ def training_section(run: RunFiles, prefix: str, budget: Budget) -> Section:
     if not run.curves.series("val/"):
         text = "There is no validation metric yet: the first epoch to be validated is not done, or no label had both "
         parts.append(missing(text + "positive and negative validation images."))
-    return Section(f"{prefix}training", title, join([*parts, _speed(run)]))
+    return Section(f"{prefix}training", title, join([*parts, _skipped(run), _speed(run)]))
 
 
 def _figures(run: RunFiles) -> list[tuple[Any, str]]:
@@ -100,6 +100,17 @@ def _parts(series: Sequence[Series]) -> list[list[Series]]:
 def _size(name: str) -> int:
     digits = name.removeprefix("scale ")
     return int(digits) if digits.isdigit() else 0
+
+
+def _skipped(run: RunFiles) -> Markup:
+    """How many training images could not be read, where such are skipped."""
+    points = run.curves.one("train/skipped_samples")
+    if points is None:
+        return Markup("")
+    last, most = int(points[1][-1]), int(points[1].max())
+    text = f"Training images that could not be read and were skipped (data.on_error: skip): {last} in the last epoch"
+    text += f", at most {most} in one; log.txt names them." if most else "."
+    return paragraph(text)
 
 
 def _speed(run: RunFiles) -> Markup:

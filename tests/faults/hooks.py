@@ -1,0 +1,77 @@
+"""Faults that a rank causes itself: called as hook(rank, folder) in each forked rank before it trains."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from msmil.engine.losses import BagLoss, LossParts
+from msmil.engine.step import Stepper, StepReport
+from shards.errors import UserError
+
+NAN_STEP, NAN_MICRO, ACCUMULATION = 2, 1, 2  # counted from 0
+
+
+def nan_loss_of_rank_1(rank: int, folder: Path) -> None:
+    """One micro-step's loss is NaN on rank 1; each rank writes digests of its parameters around the step that fails."""
+    calls = -1  # the discarded backward at the start is no step
+    forward, call = BagLoss.forward, Stepper.__call__
+
+    def broken(self: BagLoss, *arguments: Any, **more: Any) -> LossParts:
+        nonlocal calls
+        parts, calls = forward(self, *arguments, **more), calls + 1
+        strikes = rank == 1 and calls == NAN_STEP * ACCUMULATION + NAN_MICRO + 1
+        return replace(parts, total=parts.total * float("nan")) if strikes else parts
+
+    def watched(self: Stepper, *arguments: Any, **more: Any) -> StepReport:
+        before = digest(self.module)
+        try:
+            return call(self, *arguments, **more)
+        except UserError:
+            told = {"step": more["step"], "before": before, "after": digest(self.module)}
+            (folder / f"parameters_{rank}.json").write_text(json.dumps(told))
+            raise
+
+    BagLoss.forward = broken  # type: ignore[method-assign]
+    Stepper.__call__ = watched  # type: ignore[method-assign]
+
+
+def hanging_step(rank: int, folder: Path) -> None:
+    """Rank 1 never answers in its third step: rank 0 waits for it in a collective, where Python runs no handler."""
+    call = Stepper.__call__
+
+    def hangs(self: Stepper, *arguments: Any, **more: Any) -> StepReport:
+        if rank == 1 and more["step"] == 2:
+            (folder / "hangs").touch()
+            time.sleep(600)
+        return call(self, *arguments, **more)
+
+    Stepper.__call__ = hangs  # type: ignore[method-assign]
+
+
+def stop_request_in_step_2(rank: int, folder: Path) -> None:
+    """The scheduler asks rank 1 alone to stop, in its second step."""
+    call = Stepper.__call__
+
+    def asked(self: Stepper, *arguments: Any, **more: Any) -> StepReport:
+        if rank == 1 and more["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, *arguments, **more)
+
+    Stepper.__call__ = asked  # type: ignore[method-assign]
+
+
+def digest(module: nn.Module) -> str:
+    """Of every parameter and buffer."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

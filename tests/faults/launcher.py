@@ -1,0 +1,174 @@
+"""Worlds of forked ranks (tests.faults.forked), started, killed and waited for by a test."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tests.faults.places import read_place
+from tests.worlds import ROOT, alive, environment
+
+# jemalloc, which pyarrow brings, would start a thread of its own
+_ONE_THREAD = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+
+
+@dataclass(frozen=True)
+class Started:
+    """Ranks that run; their files lie in `folder`."""
+
+    folder: Path
+    pids: list[int]
+    since_s: float
+
+    def send(self, signum: int, *ranks: int) -> None:
+        """Send a signal to some ranks, or to all."""
+        for rank in ranks or range(len(self.pids)):
+            os.kill(self.pids[rank], signum)
+
+    def place(self, rank: int) -> str:
+        """Where a rank is: "step 12, backward"."""
+        return read_place(self.folder / f"rank_{rank}.place")
+
+    def said(self, rank: int = 0) -> str:
+        """What a rank printed."""
+        return (self.folder / f"rank_{rank}.txt").read_text(encoding="utf-8")
+
+    @property
+    def failures(self) -> list[str]:
+        """Reasons that ranks gave for ending with exit code 2; `msmil train` prints the first."""
+        file = self.folder / "failure.txt"
+        return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+class Launcher:
+    """A process that forks ranks; a context manager that ends it, and with it whatever it started."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._numbers = folder, itertools.count()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.forked"],
+            env=environment(**_ONE_THREAD),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def start(
+        self, *arguments: object, ranks: int = 2, program: str = "rank", fault: str = "", peer_wait_s: float = 0.5
+    ) -> Started:
+        """Start ranks of `python -m launch.train` (or one process of `msmil`) with these arguments.
+
+        Args:
+            arguments: the experiment and overrides.
+            ranks: how many.
+            program: "rank" or "msmil".
+            fault: "module:function" that is called with (rank, folder) in each rank before it trains.
+            peer_wait_s: how long a rank that has lost another one waits to be ended; 10 in real life.
+        """
+        folder = self._folder / f"start_{next(self._numbers)}"
+        request = {"folder": str(folder), "arguments": [str(a) for a in arguments], "ranks": ranks}
+        since_s = time.time()
+        answer = self._ask("start", **request, program=program, fault=fault, peer_wait_s=peer_wait_s)
+        return Started(folder, answer["pids"], since_s)
+
+    def wait(self, started: Started, *, deadline_s: float = 90, end_others: bool = True) -> list[int]:
+        """Exit codes of all ranks (signals are negative); fails when they hang.
+
+        `end_others` says whether a rank that fails ends the others, as launchers see to.
+        """
+        answer = self._ask("wait", deadline_s=deadline_s, end_others=end_others)
+        texts = [started.said(rank) for rank in range(len(started.pids))]
+        assert not answer["hung"], f"hung for {deadline_s} s: {[started.place(r) for r in range(len(texts))]} {texts}"
+        codes: list[int] = answer["codes"]
+        return codes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _ask(self, what: str, **more: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": what, **more}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the launcher of forked ranks has ended"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def left_behind(started: Started) -> list[int]:
+    """Processes of these ranks' sessions that still run, their decoding processes for example."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it has just ended
+                session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+                if session in started.pids and alive(int(folder.name)):
+                    found.append(int(folder.name))
+    return found
+
+
+def poll(condition: Callable[[], bool], *, deadline_s: float, every_s: float = 0.001) -> None:
+    """Wait for something that lasts for milliseconds."""
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not within {deadline_s} s"
+        time.sleep(every_s)
+
+
+def half_written(started: Started, checkpoints: Path) -> list[Path]:
+    """Checkpoints that these ranks have begun and not finished."""
+    found = []
+    for folder in checkpoints.glob(".step_*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            if folder.stat().st_mtime >= started.since_s:
+                found.append(folder)
+    return found
+
+
+def kill_inside_a_save(started: Started, checkpoints: Path, *, deadline_s: float) -> None:
+    """SIGKILL rank 0, which writes, while a checkpoint lies there under its temporary name.
+
+    It is stopped first, so that what is seen on the disk is what it leaves.
+    """
+    end_s = time.monotonic() + deadline_s
+    while time.monotonic() < end_s:
+        if half_written(started, checkpoints):
+            started.send(signal.SIGSTOP, 0)
+            if half_written(started, checkpoints):
+                started.send(signal.SIGKILL, 0)
+                return
+            started.send(signal.SIGCONT, 0)
+    raise AssertionError(f"no save was met within {deadline_s} s")
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights, moments and averaged weights: the same bytes are the same bits."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in checkpoint.glob("*.safetensors")}
