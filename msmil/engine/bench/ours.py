@@ -17,6 +17,7 @@ from msmil.engine.pipeline import Pipeline
 from msmil.engine.preemption import StopRequest
 from msmil.engine.run import make_loss, make_network, make_schedule
 from msmil.engine.step import Stepper
+from msmil.engine.saving import Saver
 from msmil.engine.tracking import PHASES, PhaseTimer
 from msmil.engine.train import blocks_of_epoch, micro_batches
 from shards.types import Batch
@@ -40,6 +41,7 @@ class OurStep:
             moments={},
             loss_scale=None,
             request=StopRequest(),
+            saver=Saver(every_minutes=0),
         )
         self._timer = PhaseTimer(pipeline.runtime.synchronize)
         self._steps = itertools.count()
