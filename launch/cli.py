@@ -11,6 +11,7 @@ from typing import Final
 
 import msmil
 from launch import (
+    bench,
     completion,
     convert,
     demo,
@@ -49,6 +50,7 @@ COMMANDS: Final = (
     ("looking", report),
     ("published weights", convert),
     ("this machine", doctor),
+    ("this machine", bench),
     ("this machine", completion),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ class Stepper:
     ) -> None:
         self.request = request
         self.pipeline, self.module, self.loss, self.schedule, self.ema = pipeline, module, loss, schedule, ema
-        self.blocks = blocks
+        self.blocks, self._runtime = blocks, pipeline.runtime
         set_trainable(module, blocks)
         self._optimizer = build_optimizer(module, pipeline.config.optim)
         self.engine = make_engine(pipeline, module, self._optimizer, moments=moments, loss_scale=loss_scale)
@@ -106,16 +107,19 @@ class Stepper:
             timer.mark("wait")
             rows += batch.sample_B.tolist()
             with self.engine.micro_step(last=micro == config.train.accumulation - 1):
-                parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
+                with self._runtime.waiting() if self.engine.divides_weights else nullcontext():
+                    parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
                 timer.mark("forward")
                 own_s = timer.total_s
-                self.engine.backward(parts.total)
+                with self._runtime.waiting():
+                    self.engine.backward(parts.total)
                 timer.mark("backward")
             shares.append(torch.stack([*parts.named(self.pipeline.labels).values()]))
         losses, stop, seconds = self._reduce(parts, torch.stack(shares).sum(0), own_s if timer.exact else None)
         self._refuse_non_finite("loss", losses["total"], rows)
         overflows = config.train.precision == "fp16"
-        norm, skipped = self.engine.update(config.optim.clip_grad_norm, may_overflow=overflows)
+        with self._runtime.waiting():
+            norm, skipped = self.engine.update(config.optim.clip_grad_norm, may_overflow=overflows)
         if not overflows:
             self._refuse_non_finite("gradient", norm, rows)
         self._after_update(skipped)
@@ -152,7 +156,8 @@ class Stepper:
             place_W = share.new_zeros(runtime.world)
             place_W[runtime.rank] = own_s
             share = torch.cat([share, place_W])
-        values = runtime.sum(share).tolist()
+        with runtime.waiting():
+            values = runtime.sum(share).tolist()  # on a GPU it is here that all of the step is waited for
         losses = dict(zip(names, values[: len(names)], strict=True))
         return losses, values[len(names)] > 0, tuple(values[len(names) + 1 :])
 
