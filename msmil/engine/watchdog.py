@@ -8,6 +8,7 @@ names nobody, and NCCL's own watchdog kills the process without a word of ours.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -136,10 +137,8 @@ class Watchdog:
                     before = None
             except RuntimeError:  # torch's DistStoreError and DistNetworkError
                 if waited_s > self.timeout_s:
-                    end(
-                        f"the store of the launcher (or of rank 0) did not answer within {waited_s:.0f} s",
-                        self.log_file,
-                    )
+                    text = f"the store of the launcher (or of rank 0) did not answer within {waited_s:.0f} s"
+                    end(text, self.log_file)
 
     def _speak(self, text: str, blamed: set[int], begun_s: float | None) -> None:
         """The first rank that is not to blame has the word; the next ones follow only if it does not end the world."""
@@ -170,8 +169,6 @@ def connect_to_launcher() -> Any:
     """A client of the key-value store that the ranks met through, with a connection of its own."""
     from torch.distributed import PrefixStore, TCPStore
 
-    global _connected
-    _connected += 1
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -179,7 +176,8 @@ def connect_to_launcher() -> Any:
         timeout=timedelta(seconds=_ANSWER_S),
         wait_for_workers=False,
     )
-    return PrefixStore(f"msmil/{_connected}", store)  # of this Runtime: a process may make several, one after another
+    # a process may make one Runtime after another: each has beats of its own
+    return PrefixStore(f"msmil/{next(_connections)}", store)
 
 
-_connected = 0
+_connections = itertools.count()

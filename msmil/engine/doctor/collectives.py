@@ -25,9 +25,8 @@ MEGABYTE: Final = 10**6
 SIZES: Final = tuple(MEGABYTE * 4**k for k in range(5))  # 1 MB to 256 MB
 _NUMBERS: Final = 1 << 16
 _REPEATS, _REPEAT_S = 5, 1.0
-_STARTED: Final = (
-    "see that the launcher started all ranks with the same MASTER_ADDR and MASTER_PORT, and look at its log"
-)
+_STARTED: Final = "see that all ranks have the same MASTER_ADDR and MASTER_PORT, and look at the launcher's log"
+_FAILED_S: Final = 10.0
 _NETWORK: Final = (
     "see that ports between the machines are open, and choose the network by NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
 )
