@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -39,6 +40,8 @@ def check_collectives(*, timeout_s: float) -> Iterator[tuple[Check, bool]]:
     Args:
         timeout_s: how long a rank is waited for, wherever it is needed.
     """
+    # torch is about to give these collectives other names, which older versions do not know
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     os.environ.update(task_variables())
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         text = "alone: no launcher has started others, so there is nobody to talk to"
