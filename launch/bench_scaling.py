@@ -8,13 +8,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from launch.arguments import add_json, add_overrides, add_ranks, at_least_one
+from launch.arguments import add_json, add_overrides, add_ranks, at_least_one, image_size
 from launch.ranks import default_ranks, rank_program, start_ranks
-from msmil.config_io import load_config
+from msmil.config_io import dump_config, load_config
 from shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,26 +22,22 @@ if TYPE_CHECKING:
     from msmil.engine.bench.projection import Links
     from msmil.engine.bench.scaling import Measured
 
-EXAMPLES: Final = (
-    "msmil bench scaling configs/experiment/demo.yaml --ranks 2",
-    "msmil bench scaling configs/experiment/demo.yaml --ranks 1 --gpu-link 200 --node-link 40",
-)
+HELP: Final = "The same batch per rank on 1 to N ranks, and what to expect of 8, 64 and 512 GPUs"
+_ABOUT: Final = """\
+Trains a few steps on 1, 2, 4, .. N ranks with the same batch on each, one that is held in memory. Prints images/s,
+efficiency, what a rank sends in a step and the seconds of that alone; then projects 8, 64 and 512 GPUs from the step of
+one rank and the volume of each engine, for links whose rates are printed, and says what the loader and the file system
+must give. Nothing is saved.
+"""
 
 
-def add_parser(subcommands: Any, **options: Any) -> None:
-    """Add `msmil bench scaling`."""
-    parser = subcommands.add_parser(
-        "scaling",
-        help="1 to N ranks with the same batch each, and what to expect of 8, 64 and 512 GPUs",
-        description="Train a few steps on 1, 2, 4, .. N ranks with the same batch on each, one that is held in memory. "
-        "Prints images/s, efficiency, what a rank sends in a step and the seconds of that alone; then projects 8, 64 "
-        "and 512 GPUs from the step of one rank and the engine's volume, for links whose rates are printed, and says "
-        "what the loader and the file system must give. Nothing is saved.",
-        epilog="examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES),
-        **options,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `msmil bench scaling`."""
+    parser.epilog = _ABOUT
     parser.add_argument("config", metavar="CONFIG", help="experiment whose data are packed")
     add_ranks(parser)
+    size = "measure on drawn images of this size instead of those of data.shards, for example 1520x912"
+    parser.add_argument("--synthetic", type=image_size, metavar="HxW", help=size)
     parser.add_argument(
         "--images", type=at_least_one, metavar="N", help="images per rank and micro-step (default: the experiment's)"
     )
@@ -60,16 +56,26 @@ def _number(parser: argparse.ArgumentParser, name: str, default: int, what: str)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every world, then print or project."""
-    config = load_config(args.config, args.overrides)
-    links = _links(args.gpu_link, args.node_link)
-    from msmil.engine.bench.projection import worlds
-    from msmil.engine.bench.scaling import images_of_a_rank, parameters_of, reading_of
-    from msmil.engine.bench.scaling_report import report, tables
-    from msmil.engine.data import open_data
+    """Measure every world, then project."""
+    config, links = load_config(args.config, args.overrides), _links(args.gpu_link, args.node_link)
+    from msmil.engine.bench.images import packed_for
+    from msmil.engine.bench.scaling import images_of_a_rank
 
     ranks = args.ranks or default_ranks()
     images = args.images or images_of_a_rank(config, ranks)
+    batch = images * ranks * config.train.accumulation
+    with packed_for(config, args.synthetic, batch) as filled:
+        return _measure_and_tell(args, filled, links, ranks=ranks, images=images)
+
+
+def _measure_and_tell(
+    args: argparse.Namespace, config: Config, links: Sequence[Links], *, ranks: int, images: int
+) -> int:
+    from msmil.engine.bench.projection import worlds
+    from msmil.engine.bench.scaling import parameters_of, reading_of
+    from msmil.engine.bench.scaling_report import report, tables
+    from msmil.engine.data import open_data
+
     manifest = open_data(config)
     parameters, reading = parameters_of(config, manifest), reading_of(manifest)
     found: list[Measured] = []
@@ -103,8 +109,10 @@ def _measure(
     threads = max(1, len(os.sched_getaffinity(0)) // most)  # as many for one rank alone as for each of many
     with tempfile.TemporaryDirectory(prefix="msmil_") as folder:
         out = Path(folder) / "measured.json"
-        words = [args.config, *args.overrides, f"train.batch_size={batch}"]
-        words += ["--out", str(out), "--steps", str(args.steps), "--threads", str(threads)]
+        file = Path(folder) / "config.yaml"
+        measured = replace(config, train=replace(config.train, batch_size=batch))
+        file.write_text(dump_config(measured), encoding="utf-8")
+        words = [str(file), "--out", str(out), "--steps", str(args.steps), "--threads", str(threads)]
         precision = config.train.precision
         code = start_ranks("launch.bench_scaling", words, ranks=world, precision=precision, log=Path(folder) / "log")
         return code, measured_from_json(out.read_text(encoding="utf-8")) if code == 0 else None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from msmil.engine.losses import BagLoss, LossParts
+from msmil.engine.memory import evaluation_out_of_memory, explained
 from msmil.engine.pipeline import Pipeline, known_labels, to_device
 from msmil.types import Bag, BagOutput, Prediction
 from shards.errors import UserError
@@ -113,9 +114,10 @@ def _forward(
         progress(len(rows_M), what or "", "images", quiet=what is None or runtime.quiet or not runtime.is_main) as bar,
     ):
         for batch in stream:
-            bag = pipeline.bag(batch, epoch=None)
-            with runtime.autocast():
-                output: BagOutput = module(**pipeline.model_input(batch, bag), **asks)
+            with explained(lambda _: evaluation_out_of_memory(config, device=runtime.device)):
+                bag = pipeline.bag(batch, epoch=None)
+                with runtime.autocast():
+                    output: BagOutput = module(**pipeline.model_input(batch, bag), **asks)
             yield batch, bag, output
             bar.update(len(batch.sample_B))
 

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from msmil.engine.engines import make_engine
 from msmil.engine.losses import BagLoss, LossParts
+from msmil.engine.memory import OutOfMemory, explained, training_out_of_memory
 from msmil.engine.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from msmil.engine.pipeline import Pipeline, to_device
 from msmil.engine.preemption import StopRequest
@@ -93,7 +94,12 @@ class Stepper:
 
         Raises:
             UserError: the loss or the gradient is not finite; no parameter was changed.
+            OutOfMemory: the micro-batch is too large for the device.
         """
+        with explained(self._out_of_memory):
+            return self._step(batches, epoch=epoch, step=step, timer=timer)
+
+    def _step(self, batches: Iterator[Batch], *, epoch: int, step: int, timer: PhaseTimer) -> StepReport:
         config = self.pipeline.config
         factor = learning_rate_factor(
             step, total_steps=self.schedule.total_steps, warmup_steps=self.schedule.warmup_steps
@@ -116,6 +122,7 @@ class Stepper:
                 timer.mark("backward")
             shares.append(torch.stack([*parts.named(self.pipeline.labels).values()]))
         losses, stop, seconds = self._reduce(parts, torch.stack(shares).sum(0), own_s if timer.exact else None)
+        timer.mark("communication")
         self._refuse_non_finite("loss", losses["total"], rows)
         overflows = config.train.precision == "fp16"
         with self._runtime.waiting():
@@ -176,10 +183,20 @@ class Stepper:
         if self.ema is not None and not skipped:
             self.ema.update_parameters(self.module)
 
+    @property
+    def _micro_batch(self) -> int:
+        config = self.pipeline.config.train
+        return config.batch_size // (self.pipeline.runtime.world * config.accumulation)
+
+    def _out_of_memory(self, error: Exception) -> OutOfMemory:
+        config, runtime, images = self.pipeline.config, self.pipeline.runtime, self._micro_batch
+        return training_out_of_memory(
+            error, config, self.module, images=images, world=runtime.world, device=runtime.device
+        )
+
     def _blank_batch(self) -> Batch:
         """A micro-batch of black images that weigh nothing."""
-        config, pipeline = self.pipeline.config.train, self.pipeline
-        size = config.batch_size // (pipeline.runtime.world * config.accumulation)
+        pipeline, size = self.pipeline, self._micro_batch
         return blank_batch(pipeline.manifest, size, labels=len(pipeline.labels), features=pipeline.features)
 
 

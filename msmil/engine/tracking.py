@@ -22,7 +22,8 @@ from shards.progress import Progress, progress
 
 log = logging.getLogger("msmil")
 
-PHASES: Final = ("wait", "forward", "backward", "optimizer")
+# communication: of losses, behind the last backward, in which the ranks exchange gradients
+PHASES: Final = ("wait", "forward", "backward", "communication", "optimizer")
 
 
 def open_log(file: Path | None, *, quiet: bool = False) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 
 from msmil.config import Config
 from msmil.config_io import dump_config
+from msmil.engine.ahead import on_device
 from msmil.engine.board import end_of_run, rank_scalars, show_validation
 from msmil.engine.checkpoint import point, prune, save_checkpoint
+from msmil.engine.pipeline import Pipeline
 from msmil.engine.predict import predict_with_losses
 from msmil.engine.preemption import Stopped
 from msmil.engine.run import Run, bare_again, open_run, validated_network
@@ -94,7 +96,7 @@ def train_epoch(run: Run, epoch: int) -> None:
     """The steps of an epoch that are not done yet."""
     config = run.pipeline.config
     assert run.stepper is not None
-    micro_batches = open_stream(run, epoch)
+    stream = open_stream(run, epoch)
     timer = PhaseTimer(run.pipeline.runtime.synchronize)
     start_s, losses = time.perf_counter(), []
     shown_s, shown_step = start_s, run.state.step
@@ -102,7 +104,7 @@ def train_epoch(run: Run, epoch: int) -> None:
         step = run.state.step
         shown = (step + 1) % config.tracking.every_steps == 0
         timer.start(exact=shown)
-        report = run.stepper(micro_batches, epoch=epoch, step=step, timer=timer)
+        report = run.stepper(stream, epoch=epoch, step=step, timer=timer)
         run.state = after_step(run, epoch, batch_index)
         losses.append(report.losses["total"])
         if run.tracker is not None:
@@ -136,27 +138,33 @@ def after_step(run: Run, epoch: int, batch_index: int) -> TrainState:
 
 
 def open_stream(run: Run, epoch: int) -> Iterator[Batch]:
-    """This rank's micro-batches of an epoch, from where the state stands."""
-    config, runtime = run.pipeline.config, run.pipeline.runtime
-    return iter(
+    """This rank's micro-batches of an epoch, from where the state stands; on a GPU copied one ahead."""
+    return micro_batches(run.pipeline, epoch, start_batch=run.state.batches_done)
+
+
+def micro_batches(pipeline: Pipeline, epoch: int, *, start_batch: int) -> Iterator[Batch]:
+    """This rank's micro-batches of an epoch behind its first global batches; on a GPU copied one ahead."""
+    config, runtime = pipeline.config, pipeline.runtime
+    stream = iter(
         train_stream(
-            run.pipeline.manifest,
-            labels=run.pipeline.labels,
+            pipeline.manifest,
+            labels=pipeline.labels,
             seed=config.seed,
             epoch=epoch,
             batch_size=config.train.batch_size,
             accumulation=config.train.accumulation,
             world=runtime.world,
             rank=runtime.rank,
-            start_batch=run.state.batches_done,
+            start_batch=start_batch,
             last_batch=config.data.last_batch,
             block_shards=config.data.shuffle_block_shards,
             workers=config.data.workers,
             prefetch_batches=config.data.prefetch_batches,
             pin_memory=runtime.device.type == "cuda",
-            features=run.pipeline.features,
+            features=pipeline.features,
         )
     )
+    return on_device(stream, runtime.device)
 
 
 def track_step(run: Run, report: StepReport, timer: PhaseTimer, images_per_s: float) -> None:

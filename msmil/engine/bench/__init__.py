@@ -1,1 +1,1 @@
-"""What training costs on this machine, and what it would cost on more of them."""
+"""Benchmarks of `msmil bench`: each prints a number beside its baseline, as a ratio, from one run."""

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,11 +73,6 @@ def measured_from_json(text: str) -> Measured:
     """The inverse of `json.dumps(dataclasses.asdict(measured))`."""
     tree = json.loads(text)
     return Measured(**tree | {"collectives": tuple(Traffic(**part) for part in tree["collectives"])})
-
-
-def with_batch(config: Config, *, images: int, ranks: int) -> Config:
-    """The same with `images` per rank and micro-step."""
-    return replace(config, train=replace(config.train, batch_size=images * ranks * config.train.accumulation))
 
 
 def images_of_a_rank(config: Config, ranks: int) -> int:

@@ -18,7 +18,8 @@ _LINES: Final = 6  # in one picture; more are told apart with difficulty
 _PHASES: Final = {
     "wait": "waiting for images",
     "forward": "forward",
-    "backward": "backward",
+    "backward": "backward, with the exchange of gradients",
+    "communication": "exchange of losses",
     "optimizer": "optimizer",
 }
 

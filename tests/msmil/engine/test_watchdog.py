@@ -48,7 +48,7 @@ def test_where_all_wait_for_each_other_nobody_is_blamed() -> None:
     assert verdict(beats((5, 7), (5, 7)), beats((9, 7), (9, 7)), 60)[1] == set()
 
 
-class Ended(Exception):  # noqa: N818
+class Ended(Exception):
     """In place of the end of the process."""
 
 

@@ -1,0 +1,73 @@
+"""The largest batch that fits."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from msmil.engine.bench.clock import peak_of
+from msmil.engine.memory import OutOfMemory, available_bytes, resident_bytes
+
+_MOST = 4096
+_ROOM = 0.9
+
+
+@dataclass(frozen=True)
+class Largest:
+    """images: of a micro-batch; tried: it was stepped, and one larger by `grain` ran out of memory (0: more were not
+    tried); else it is what the available memory divided by the memory per image gives. per_image_bytes: then."""
+
+    images: int
+    tried: bool
+    grain: int = 0
+    per_image_bytes: int | None = None
+
+
+def largest_batch(step: Callable[[int], None], device: torch.device, *, most: int = _MOST) -> Largest:
+    """The most images that `step` can take at a time.
+
+    On a GPU by doubling until memory runs out, then halving the gap to a sixteenth of the answer. On a CPU, where
+    running out ends the process, from the measured peaks of 1 and 3 images and the memory that is available.
+    """
+    return _by_trying(step, most) if device.type == "cuda" else _by_measuring(step, device, most)
+
+
+def _by_trying(step: Callable[[int], None], most: int) -> Largest:
+    fits, fails = 0, most + 1
+    tries = 1
+    while fails - fits > max(1, fits // 16):
+        if _fits(step, tries):
+            fits = tries
+        else:
+            fails = tries
+        tries = min(2 * fits, most) if fails > most else (fits + fails) // 2
+        if tries <= fits:
+            break
+    return Largest(fits, tried=True, grain=0 if fails > most else fails - fits)
+
+
+def _fits(step: Callable[[int], None], images: int) -> bool:
+    try:
+        step(images)
+    except OutOfMemory:
+        fits = False
+    else:
+        fits = True
+    # behind the handler, which held the frames of the step and all that they hold
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return fits
+
+
+def _by_measuring(step: Callable[[int], None], device: torch.device, most: int) -> Largest:
+    few, more = 1, 3
+    step(more)  # what a first step takes besides is there afterwards
+    base = resident_bytes()
+    peaks = {images: peak_of(lambda: step(images), device) for images in (few, more)}  # noqa: B023 - called at once
+    per_image = max(1, (peaks[more] - peaks[few]) // (more - few))
+    left = available_bytes() * _ROOM - max(0, peaks[few] - base)
+    return Largest(max(1, min(most, few + int(left / per_image))), tried=False, per_image_bytes=per_image)
