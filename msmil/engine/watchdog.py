@@ -167,7 +167,7 @@ on_hang: Callable[[str, Path | None], None] = _on_stderr  # how it is said; a la
 
 def connect_to_launcher() -> Any:
     """A client of the key-value store that the ranks met through, with a connection of its own."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(
         os.environ["MASTER_ADDR"],

@@ -43,7 +43,7 @@ class Call:
 
 class _Counting(TorchDispatchMode):
     def __init__(self, calls: Counter[Call], world: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls, self._world = calls, world
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:

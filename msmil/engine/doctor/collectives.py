@@ -84,7 +84,7 @@ def _checks(meeting: Meeting, device: torch.device) -> Iterator[Check]:
     try:
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("msmil/group", meeting.store),
+            store=dist.PrefixStore("msmil/group", meeting.store),  # type: ignore[attr-defined]
             rank=meeting.rank,
             world_size=meeting.world,
             timeout=timedelta(seconds=timeout_s),

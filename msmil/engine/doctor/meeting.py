@@ -46,7 +46,7 @@ class Meeting:
     """
 
     def __init__(self, environment: Mapping[str, str], *, timeout_s: float) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         self.rank, self.world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         self.timeout_s = timeout_s
