@@ -46,6 +46,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     link = "gigabytes per second that {}, as measured by `msmil doctor --collectives` (default: three stated links)"
     parser.add_argument("--gpu-link", type=float, metavar="GB", help=link.format("a GPU sends to its neighbour"))
     parser.add_argument("--node-link", type=float, metavar="GB", help=link.format("a machine sends to the next"))
+    told = "milliseconds of a {} on one rank, measured elsewhere: no rank is started (default: measured here)"
+    parser.add_argument("--step-ms", type=float, metavar="MS", help=told.format("step"))
+    parser.add_argument("--backward-ms", type=float, metavar="MS", help=told.format("micro-step's backward"))
     add_json(parser, "all numbers")
     add_overrides(parser)
     parser.set_defaults(run=run)
@@ -78,8 +81,8 @@ def _measure_and_tell(
 
     manifest = open_data(config)
     parameters, reading = parameters_of(config, manifest), reading_of(manifest)
-    found: list[Measured] = []
-    for world in worlds(ranks):
+    found = _told(args, config, images)
+    for world in () if found else worlds(ranks):
         code, measured = _measure(args, config, world, images=images, most=ranks)
         if measured is None:
             return code
@@ -87,6 +90,32 @@ def _measure_and_tell(
     told = report(config, found, parameters, reading, links=links, gpus_per_node=args.gpus_per_node)
     print(json.dumps(told, indent=2) if args.json else tables(told), flush=True)
     return 0
+
+
+def _told(args: argparse.Namespace, config: Config, images: int) -> list[Measured]:
+    """One rank, where its times were measured elsewhere; empty where they are measured here."""
+    from msmil.engine.bench.scaling import Measured
+
+    if args.step_ms is None and args.backward_ms is None:
+        return []
+    if args.step_ms is None or args.backward_ms is None or not 0 < args.backward_ms < args.step_ms:
+        fix = "give --step-ms and --backward-ms, of which the backward takes the smaller part"
+        raise UserError("a projection needs the times of a step and of its backward", fix=fix)
+    per_rank = images * config.train.accumulation
+    return [
+        Measured(
+            ranks=1,
+            device="measured elsewhere",
+            threads=0,
+            images_per_rank=per_rank,
+            steps=0,
+            images_per_s=1e3 * per_rank / args.step_ms,
+            step_s=args.step_ms / 1e3,
+            backward_s=args.backward_ms / 1e3,
+            collectives=(),
+            alone_s=0.0,
+        )
+    ]
 
 
 def _links(gpu: float | None, node: float | None) -> tuple[Links, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from msmil.engine.bench.scaling import (
     engine_of,
     make_stepper,
     one_batch_again_and_again,
-    parameter_bytes,
+    parameters_in,
 )
 from msmil.engine.pipeline import open_pipeline
 from msmil.engine.runtime import Runtime
@@ -50,10 +50,9 @@ def look(leg: dict[str, Any]) -> None:
     runtime_module.deepspeed_config = configured
     config = load_config(leg["config"])
     runtime = Runtime(config.train)
-    with_plain_adam = replace(config, train=replace(config.train, ema_decay=0.0))
-    pipeline = open_pipeline(with_plain_adam, runtime)
+    pipeline = open_pipeline(config, runtime)
     stepper = make_stepper(pipeline)
-    sizes = parameter_bytes(make_bare(pipeline), leg["threshold"])
+    sizes = parameters_in(make_bare(pipeline), config.optim, threshold=leg["threshold"])
     batches = one_batch_again_and_again(pipeline)
     for _ in range(2):
         stepper(batches, epoch=0, step=0, timer=PhaseTimer(runtime.synchronize))

@@ -23,18 +23,19 @@ _DDP_BUCKET_BYTES: Final = 25 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Bytes of fp32 parameters.
+    """What engines send of a network; bytes are those of fp32 numbers.
 
-    trained: of those that train, and so of their gradients.
-    divided: of those that ZeRO-3 divides among the ranks (it keeps small ones whole), trained or not.
-    divided_trained: of those among them that train.
-    divided_modules: how many modules hold such parameters: each is gathered by itself.
+    trained_bytes: of the parameters that train, and so of their gradients.
+    divided_bytes: of those that ZeRO-3 divides among the ranks, trained or not.
+    whole_bytes, whole_tensors: of those that it keeps whole on each, since they are small, and how many there are.
+    groups: of the optimizer; DeepSpeed treats each by itself.
     """
 
-    trained: int
-    divided: int
-    divided_trained: int
-    divided_modules: int
+    trained_bytes: int
+    divided_bytes: int
+    whole_bytes: int
+    whole_tensors: int
+    groups: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,28 +104,38 @@ def sent_bytes(kind: Kind, payload_bytes: float, ranks: int) -> float:
 def traffic(engine: Engine, parameters: Parameters, accumulation: int) -> tuple[Traffic, ...]:
     """The collectives of an optimizer step of `accumulation` micro-steps, as our engines do them.
 
-    DDP and ZeRO-0 sum the gradients once. ZeRO-1 does too and gathers the updated weights; ZeRO-2 sums in every
-    micro-step. DeepSpeed sums by an all-reduce where a bucket holds parts of several ranks, which it always does here:
-    so stages 1 and 2 send half as much again as DDP, not as much. ZeRO-3 gathers the divided weights for the
-    forward and again for the backward of every micro-step, scatters the sums, and gathers the small weights, which
-    every rank keeps whole, once behind the update.
+    They were counted in real steps (tests/distributed/test_volumes.py):
+
+    - DDP and ZeRO-0 sum the gradients once, behind the last micro-step.
+    - ZeRO-1 does too, and gathers the updated weights; ZeRO-2 sums in every micro-step. DeepSpeed sums by an all-reduce
+      where parts of a bucket belong to several ranks, as they do here: both send half as much again as DDP.
+    - ZeRO-3 gathers the divided weights in every micro-step, once: up to 1e9 numbers stay until the backward needs
+      them, and up to 5e7 come in one call. It scatters the sums in every micro-step, and behind the update gathers each
+      small tensor by itself.
+
+    Beside them there are single numbers (losses, norms), which cost their latency alone.
     """
-    gradients, m = parameters.trained, accumulation
-    if engine == "ddp":
-        return (Traffic(kind="all_reduce", payload_bytes=gradients, calls=ddp_buckets(gradients)),)
-    if engine == "zero0":
-        return (Traffic(kind="all_reduce", payload_bytes=gradients, calls=1),)
+    gradients, m = parameters.trained_bytes, accumulation
+    numbers = Traffic(
+        kind="all_reduce", payload_bytes=0, calls=1 if engine in ("ddp", "zero0") else 1 + parameters.groups
+    )
+    if engine in ("ddp", "zero0"):
+        calls = ddp_buckets(gradients) if engine == "ddp" else 1
+        return (Traffic(kind="all_reduce", payload_bytes=gradients, calls=calls), numbers)
     if engine in ("zero1", "zero2"):
         sums = m if engine == "zero2" else 1
         return (
             Traffic(kind="all_reduce", payload_bytes=sums * gradients, calls=sums),
-            Traffic(kind="all_gather", payload_bytes=gradients, calls=1),
+            Traffic(kind="all_gather", payload_bytes=gradients, calls=parameters.groups),
+            numbers,
         )
-    small = gradients - parameters.divided_trained
     return (
         Traffic(kind="reduce_scatter", payload_bytes=m * gradients, calls=m),
-        Traffic(kind="all_gather", payload_bytes=2 * m * parameters.divided, calls=2 * m * parameters.divided_modules),
-        Traffic(kind="all_gather", payload_bytes=small, calls=1),
+        Traffic(
+            kind="all_gather", payload_bytes=m * parameters.divided_bytes, calls=m if parameters.divided_bytes else 0
+        ),
+        Traffic(kind="all_gather", payload_bytes=parameters.whole_bytes, calls=parameters.whole_tensors),
+        numbers,
     )
 
 

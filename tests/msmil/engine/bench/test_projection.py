@@ -24,7 +24,9 @@ from msmil.engine.bench.projection import (
 )
 
 MIB = 2**20
-SIZES = Parameters(trained=36_000_000, divided=30_000_000, divided_trained=24_000_000, divided_modules=10)
+SIZES = Parameters(
+    trained_bytes=36_000_000, divided_bytes=30_000_000, whole_bytes=12_000_000, whole_tensors=200, groups=4
+)
 STEP = Step(images=4, seconds=0.1, backward_s=0.06)
 LINKS = Links(name="", gpu_bytes_per_s=200e9, node_bytes_per_s=10e9, latency_s=0.0)
 
@@ -45,14 +47,21 @@ def test_a_ring_sends_nothing_alone_and_nearly_twice_the_payload_among_many() ->
         ("zero1", 4, 63e6 + 31.5e6),
         ("zero2", 1, 63e6 + 31.5e6),
         ("zero2", 4, 4 * 63e6 + 31.5e6),
-        # scattered sums of 36 MB, divided weights of 30 MB twice, whole ones of 12 MB
-        ("zero3", 1, 31.5e6 + 2 * 26.25e6 + 10.5e6),
-        ("zero3", 2, 2 * 31.5e6 + 4 * 26.25e6 + 10.5e6),
+        # scattered sums of 36 MB, divided weights of 30 MB, whole ones of 12 MB
+        ("zero3", 1, 31.5e6 + 26.25e6 + 10.5e6),
+        ("zero3", 2, 2 * 31.5e6 + 2 * 26.25e6 + 10.5e6),
     ],
 )
 def test_volume_of_a_step(engine: Engine, accumulation: int, sent: float) -> None:
     parts = traffic(engine, SIZES, accumulation)
     assert sum(sent_bytes(part.kind, part.payload_bytes, 8) for part in parts) == pytest.approx(sent)
+
+
+def test_zero_3_gathers_every_small_tensor_by_itself() -> None:
+    links = Links(name="", gpu_bytes_per_s=1e15, node_bytes_per_s=1e15, latency_s=1e-5)
+    # one scatter, one gather, 200 gathers, five sums of single numbers (there and back)
+    parts = traffic("zero3", SIZES, 1)
+    assert sum(ring_seconds(part, links, 64, 8) for part in parts) == pytest.approx((1 + 1 + 200 + 2 * 5) * 63e-5)
 
 
 def test_ddp_cuts_gradients_into_a_small_bucket_and_large_ones() -> None:
