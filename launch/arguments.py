@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Literal
 
 
@@ -30,6 +31,18 @@ def number_of_folds(text: str) -> int | Literal["table"]:
     if number < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is neither table nor a whole number of at least 2")
     return number
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH in pixels, as the `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no such size.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, such as 1520x912")
+    return int(found[1]), int(found[2])
 
 
 def _whole_number(text: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from launch.arguments import add_json, add_overrides, at_least_one
+from launch import bench_scaling
+from launch.arguments import add_json, add_overrides, at_least_one, image_size
 from launch.commands import Commands, HelpFormatter
 from msmil.config_io import load_config
 
@@ -17,6 +17,7 @@ _EXAMPLES: Final = (
     f"msmil bench train {_SUBJECT} --synthetic 1520x912 train.batch_size=2",
     f"msmil bench train {_SUBJECT} --modes each --find-batch",
     f"msmil bench loader {_SUBJECT}",
+    f"msmil bench scaling {_SUBJECT} --synthetic 1520x912",
 )
 
 
@@ -24,9 +25,9 @@ def add_parser(commands: Commands) -> None:
     """Add `msmil bench` and what it measures."""
     parser = commands.add_parser(
         "bench",
-        help="measure this machine: a training step, the loader",
-        description="Measure a training step (train) or the reading of images (loader). Every number stands beside "
-        "its baseline, measured in the same run.",
+        help="measure this machine: a training step, the loader, several ranks",
+        description="Measure a training step (train), the reading of images (loader), or a step on more and more "
+        "ranks (scaling). Every number stands beside its baseline, measured in the same run.",
         examples=_EXAMPLES,
     )
     parts = parser.add_subparsers(metavar="WHAT", required=True, help="what is measured; each has its own --help")
@@ -64,7 +65,7 @@ def _add_loader(parser: argparse.ArgumentParser) -> None:
 
 def _add_synthetic(parser: argparse.ArgumentParser) -> None:
     size = "measure on drawn images of this size instead of those of data.shards, for example 1520x912"
-    parser.add_argument("--synthetic", type=_size, metavar="HxW", help=size)
+    parser.add_argument("--synthetic", type=image_size, metavar="HxW", help=size)
 
 
 def _run_train(args: argparse.Namespace) -> int:
@@ -98,15 +99,9 @@ def _show(args: argparse.Namespace, measure: Callable[[Callable[[str], None]], d
         measure(lambda line: print(line, flush=True))
 
 
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in pixels, such as 1520x912")
-    return int(found[1]), int(found[2])
-
-
 # what is measured: its name, what it is, and its arguments
 PARTS: Final[tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...]] = (
     ("train", "Where the time of a training step goes, its speed and memory, beside the published way", _add_train),
     ("loader", "Images per second and core of each codec, beside the bare decoding of the same bytes", _add_loader),
+    ("scaling", bench_scaling.HELP, bench_scaling.add),
 )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from launch.arguments import add_json, add_overrides, add_quiet
+from launch.arguments import add_json, add_overrides, add_quiet, at_least_one
 from launch.commands import Commands
 from launch.terminal import Colour, columns, paint
+from msmil.engine.doctor.check import worst
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from msmil.engine.doctor.check import Check, State
@@ -27,6 +31,11 @@ exit code:
 
 It takes half a minute: torch and DeepSpeed are tried in processes of their own, so that a crash there is a line here.
 Nothing is changed; files to try a folder or a compiler with are removed again.
+
+--collectives looks at nothing but communication, in every rank of a launcher; rank 0 prints:
+  $ torchrun --nproc_per_node 2 -m launch.cli doctor --collectives
+  $ accelerate launch --config_file configs/accelerate/gpus_8.yaml -m launch.cli doctor --collectives
+  $ srun python -m launch.cli doctor --collectives
 """
 
 
@@ -41,11 +50,16 @@ def add_parser(commands: Commands) -> None:
             "msmil doctor",
             "msmil doctor configs/experiment/demo.yaml data.workers=0",
             "msmil doctor --json | jq '.checks[] | select(.state == \"broken\")'",
+            "msmil doctor --collectives",
         ),
         epilog=_EXIT_CODES,
     )
     file = "experiment to check too (default: none; data are looked for in data/)"
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=file)
+    what = "whether the ranks of a launcher see each other, sum rightly, and how fast; alone without a launcher"
+    parser.add_argument("--collectives", action="store_true", help=what)
+    wait = "--collectives: seconds to wait for a rank before it is named (default: 60)"
+    parser.add_argument("--timeout", metavar="N", type=at_least_one, default=60, help=wait)
     add_quiet(parser, "only the lines that are not ok")
     add_json(parser, "all lines and the worst state")
     add_overrides(parser)
@@ -53,16 +67,46 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every line as soon as it is known; the exit code says the worst state."""
-    from msmil.engine.doctor.check import worst
+    """Look, print, and say the worst state by the exit code."""
+    if args.collectives:
+        return _collectives(args)
     from msmil.engine.doctor.examine import examine
 
+    return _show(args, examine(args.config, args.overrides))
+
+
+def _collectives(args: argparse.Namespace) -> int:
+    """One rank: rank 0 prints. A rank whose peers are silent must not wait for them at its exit."""
+    from msmil.engine.doctor.collectives import check_collectives
+
+    if args.config is not None:
+        raise UserError("--collectives looks at no experiment", fix="leave CONFIG out")
+    found: list[Check] = []
+
+    def spoken() -> Iterator[Check]:
+        for check, say in check_collectives(timeout_s=args.timeout):
+            found.append(check)
+            if say:
+                yield check
+
+    _show(args, spoken())
+    code = _EXIT[worst(found)]
+    if code == _EXIT["broken"]:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _show(args: argparse.Namespace, found: Iterable[Check]) -> int:
+    """Print every line as soon as it is known; the exit code of the worst."""
     checks = []
-    for check in examine(args.config, args.overrides):
+    for check in found:
         checks.append(check)
         if not args.json and not (args.quiet and check.state == "ok"):
             print(_line(check), flush=True)
     state = worst(checks)
+    if not checks:
+        return _EXIT[state]  # another rank has the word
     if args.json:
         print(json.dumps({"state": state, "checks": [asdict(check) for check in checks]}, indent=2))
     elif not args.quiet:

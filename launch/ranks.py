@@ -20,11 +20,16 @@ from shards.errors import UserError
 
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+EXIT_HUNG = 75
 _FAILURE_FILE = "MSMIL_FAILURE_FILE"
 _FAILURE_NAME = "failure.txt"
 _STOPPED = "stopped.txt"
+_HUNG = "hung.txt"
 _PID = ".pid"
-_PEER_IS_GONE = ("closed by peer", "reset by peer", "broken pipe", "connection was closed", "remote process exited")
+_PEER_IS_GONE = (
+    "closed by peer", "reset by peer", "broken pipe", "connection was closed", "remote process exited",
+    "timed out waiting",
+)  # fmt: skip
 _PEER_WAIT_S = 10.0
 _AGAIN = "the same command again goes on where it stopped"
 
@@ -78,11 +83,13 @@ def rank_program(body: Callable[[], None]) -> int:
 
     Under start_ranks the line goes to the parent, which prints it once for all ranks.
     """
+    from msmil.engine import watchdog
     from msmil.engine.preemption import Stopped
 
     file = os.environ.get(_FAILURE_FILE)
     if file is not None:
         (Path(file).parent / f"{os.getpid()}{_PID}").touch()
+        watchdog.on_hang = _hand_over
     try:
         body()
     except Stopped as stopped:
@@ -108,6 +115,11 @@ def rank_program(body: Callable[[], None]) -> int:
         print("msmil: this rank lost another one", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _hand_over(text: str, _: Path | None) -> None:
+    """What the watchdog says goes to the parent, which prints it and adds it to the log."""
+    Path(os.environ[_FAILURE_FILE]).with_name(_HUNG).write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -152,6 +164,7 @@ def _environment(module: str, arguments: Sequence[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="msmil_") as folder:
         os.environ[_FAILURE_FILE] = str(Path(folder) / _FAILURE_NAME)
         os.environ[COMMAND_VARIABLE] = f"msmil {module.rpartition('.')[2]} {shlex.join(arguments)}"
+        os.environ.pop("SLURM_STEP_NUM_TASKS", None)  # our ranks are not the tasks of the srun that we may be in
         if not torch.cuda.is_available():
             os.environ["ACCELERATE_USE_CPU"] = "true"
         try:
@@ -163,11 +176,14 @@ def _environment(module: str, arguments: Sequence[str]) -> Iterator[Path]:
 
 def _explain(folder: Path, log: Path, who: str, code: int) -> int:
     """Print why it ended, add it to the log, and return the exit code."""
-    failure, stopped = folder / _FAILURE_NAME, folder / _STOPPED
+    failure, stopped, hung = folder / _FAILURE_NAME, folder / _STOPPED, folder / _HUNG
     if failure.exists():
         reason = failure.read_text(encoding="utf-8").splitlines()[0]
         print_error(reason)
         text, code = f"msmil: error: {reason}", EXIT_USER
+    elif hung.exists():
+        text, code = f"msmil: {hung.read_text(encoding='utf-8')}; {_AGAIN}", EXIT_HUNG
+        print(text, file=sys.stderr)
     elif stopped.exists():
         signum, _, words = stopped.read_text(encoding="utf-8").strip().partition(" ")
         text = f"msmil: {words}; {_AGAIN}"

@@ -197,6 +197,7 @@ class TrainConfig:
     gradient_checkpointing: bool = opt(False, "recompute the backbone's activations: less memory, more time")
     channels_last: bool = opt(True, "memory format of convolutions")
     compile: bool = opt(False, "torch.compile the model")
+    timeout_s: int = opt(1800, "seconds that ranks wait for one that does not answer before all end (exit code 75)")
     ema_decay: float = opt(0.0, "decay of the averaged weights that are evaluated and exported; 0 is off")
 
 

@@ -49,7 +49,7 @@ _AT_LEAST_ONE = (
     "data.shuffle_block_shards", "data.prefetch_batches", "bags.tile_size_px", "bags.pad_multiple_px",
     "bags.augment.cutout_px", "model.fpn_dim", "model.encoder_dim", "model.encoder_blocks", "model.encoder_heads",
     "model.attention_dim", "model.pma_heads", "train.epochs", "train.batch_size", "train.accumulation",
-    "checkpoint.keep_last", "checkpoint.keep_best", "evaluate.every_epochs", "evaluate.batch_size",
+    "train.timeout_s", "checkpoint.keep_last", "checkpoint.keep_best", "evaluate.every_epochs", "evaluate.batch_size",
     "evaluate.bootstrap_replicates", "tracking.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
@@ -54,3 +55,27 @@ def without_engine(config: TrainConfig) -> TrainConfig:
 def default_ranks(num_gpus: int) -> int:
     """One rank per GPU; on a machine without any, two CPU ranks (one on a single core)."""
     return num_gpus or min(_CPU_RANKS, os.cpu_count() or 1)
+
+
+def task_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the variables of an srun task mean in torch's words; empty where there is one task, or a launcher said it.
+
+    The first host of the step holds the meeting point, on a port that follows from the job and the step.
+    """
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return {}
+    port = 20_000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID", "0"))) % 20_000
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"])),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first one of SLURM's compressed lists: `gpu[03-05,9],cpu1` begins with gpu03."""
+    entry = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    assert entry is not None, f"an empty list of nodes: {nodes!r}"
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", entry[0])

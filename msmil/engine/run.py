@@ -70,6 +70,7 @@ def open_run(config: Config, runtime: Runtime) -> Run:
         folder.describe(describe_data(pipeline.manifest, pipeline.labels))
 
     runtime.on_main(make_folder)
+    runtime.tell_hangs_to(folder.log)
     open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
     schedule = make_schedule(pipeline)
     checkpoint = newest_checkpoint(folder, runtime)

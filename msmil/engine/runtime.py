@@ -8,6 +8,8 @@ import socket
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,8 +18,9 @@ from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwar
 from torch import Tensor, nn
 
 from msmil.config import TrainConfig
-from msmil.engine.environment import refuse_environment
+from msmil.engine.environment import refuse_environment, task_variables
 from msmil.engine.host_memory import keep_freed_memory
+from msmil.engine.watchdog import END_GRACE_S, Watchdog, connect_to_launcher
 from shards.errors import UserError
 
 
@@ -34,6 +37,7 @@ class Runtime:
 
     def __init__(self, config: TrainConfig, *, quiet: bool = False) -> None:
         refuse_environment(config)
+        os.environ.update(task_variables())
         # accelerate lets this variable win over its argument; accumulation is ours alone
         os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
         use_gpu = gpu_in_use()
@@ -47,6 +51,9 @@ class Runtime:
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
         self.quiet = quiet
+        self._watchdog: Watchdog | None = None
+        if self.world > 1:
+            self._watchdog = Watchdog(self.rank, self.world, connect_to_launcher, timeout_s=config.timeout_s)
         self._autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
     @property
@@ -75,10 +82,23 @@ class Runtime:
         dtype = self._autocast_dtype
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """What happens in here waits for the other ranks: longer than train.timeout_s, and this process ends.
+
+        The rank that does not answer is named first (msmil.engine.watchdog).
+        """
+        return nullcontext() if self._watchdog is None else self._watchdog.waiting()
+
+    def tell_hangs_to(self, log_file: Path) -> None:
+        """Where the word about a rank that does not answer is added."""
+        if self._watchdog is not None:
+            self._watchdog.log_file = log_file
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with self.waiting():
+                dist.all_reduce(tensor)
         return tensor
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -94,7 +114,8 @@ class Runtime:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with self.waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def on_main(self, action: Callable[[], None]) -> None:
@@ -114,7 +135,8 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.accelerator.wait_for_everyone()
+        with self.waiting():
+            self.accelerator.wait_for_everyone()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock reads what was done."""
@@ -123,6 +145,8 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the process group."""
+        if self._watchdog is not None:
+            self._watchdog.close()
         self.accelerator.end_training()
 
 
@@ -130,7 +154,10 @@ def _with_ddp(config: TrainConfig, use_gpu: bool) -> Accelerator:
     return Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         cpu=not use_gpu,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_backend_timeout(config)),
+        ],
     )
 
 
@@ -139,7 +166,7 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
     _require_deepspeed()
     # DeepSpeed calls collectives by names that torch is about to change
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
-    handlers = []
+    handlers = [InitProcessGroupKwargs(timeout=_backend_timeout(config))]
     if not use_gpu:
         if torch.cuda.is_available():
             fix = "unset ACCELERATE_USE_CPU, or set train.engine: ddp"
@@ -149,7 +176,7 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ["DS_ACCELERATOR"] = "cpu"
         _build_no_operators()
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        handlers = [InitProcessGroupKwargs(backend="gloo", timeout=_backend_timeout(config))]
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(key, value)  # a single process that no launcher started
     if os.environ["WORLD_SIZE"] == "1":
@@ -162,6 +189,11 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, micro_batch=config.batch_size // parts)),
         kwargs_handlers=handlers,
     )
+
+
+def _backend_timeout(config: TrainConfig) -> timedelta:
+    """Gloo's and NCCL's own: later than ours, which names the rank."""
+    return timedelta(seconds=config.timeout_s + END_GRACE_S)
 
 
 def deepspeed_config(config: TrainConfig, *, micro_batch: int) -> dict[str, Any]:

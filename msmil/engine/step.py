@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,7 +91,7 @@ class Stepper:
     ) -> None:
         self.request, self.saver = request, saver
         self.pipeline, self.module, self.loss, self.schedule, self.ema = pipeline, module, loss, schedule, ema
-        self.blocks = blocks
+        self.blocks, self._runtime = blocks, pipeline.runtime
         set_trainable(module, blocks)
         self._optimizer = build_optimizer(module, pipeline.config.optim)
         self.engine = make_engine(pipeline, module, self._optimizer, moments=moments, loss_scale=loss_scale)
@@ -132,10 +133,12 @@ class Stepper:
             rows.append(batch.sample_B.tolist())
             broken += batch.skipped.values()
             with self.engine.micro_step(last=micro == config.train.accumulation - 1):
-                parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
+                with self._runtime.waiting() if self.engine.divides_weights else nullcontext():
+                    parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
                 timer.mark("forward")
                 own_s = timer.total_s
-                self.engine.backward(parts.total)
+                with self._runtime.waiting():
+                    self.engine.backward(parts.total)
                 timer.mark("backward")
             shares.append(torch.stack([*parts.named(self.pipeline.labels).values()]))
         share_MP = torch.stack(shares)  # M micro-steps, P parts of the loss, the total first
@@ -153,7 +156,8 @@ class Stepper:
         if not math.isfinite(losses["total"]):
             refuse_non_finite(self.pipeline, "loss", rows, share_MP[:, 0])
         overflows = config.train.precision == "fp16"
-        norm, skipped = self.engine.update(config.optim.clip_grad_norm, may_overflow=overflows)
+        with self._runtime.waiting():
+            norm, skipped = self.engine.update(config.optim.clip_grad_norm, may_overflow=overflows)
         if not overflows and not math.isfinite(norm):  # fp16 scales gradients and skips the steps that overflow
             refuse_non_finite(self.pipeline, "gradient", rows)
         self._after_update(skipped)
@@ -202,7 +206,8 @@ class Stepper:
             place_W = share.new_zeros(runtime.world)
             place_W[runtime.rank] = own_s
             share = torch.cat([share, place_W])
-        values = runtime.sum(share).tolist()
+        with runtime.waiting():
+            values = runtime.sum(share).tolist()  # on a GPU it is here that all of the step is waited for
         losses = dict(zip(names, values[: len(names)], strict=True))
         skipped, *rest = values[len(names) :]
         return losses, round(skipped), [count > 0 for count in rest[: len(told)]], tuple(rest[len(told) :])

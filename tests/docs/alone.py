@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-STARTERS = ("launch.train", "launch.evaluate", "launch.extract")
+STARTERS = ("launch.train", "launch.evaluate", "launch.extract", "launch.bench_scaling")
 
 
 @contextmanager

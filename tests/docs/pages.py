@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # in the order in which somebody reads them, and the commands run
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "quickstart", "concepts", "data", "training", "clusters", "evaluation", "report"
+    "quickstart", "concepts", "data", "training", "clusters", "scaling", "evaluation", "report"
 )))  # fmt: skip
 _FENCE = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.M | re.S)
 _INLINE = re.compile(r"`(msmil [^`]+)`")

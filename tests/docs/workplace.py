@@ -139,8 +139,14 @@ def activate(line: str) -> None:
     assert "VENV ?= .venv\n" in MAKEFILE
 
 
+def small_scaling(line: str) -> None:
+    """One step of one rank on images of this folder's size."""
+    plain(f"{line.replace('1520x912', '64x48')} --ranks 1 --steps 1")
+
+
 def by_launcher(line: str) -> None:
-    """Read by the launcher's own parser, then one rank here; test_train_command.py starts both launchers for real."""
+    """Read by the launcher's own parser, then one rank here; test_train_command.py and test_layouts.py start both
+    launchers for real."""
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
@@ -150,7 +156,13 @@ def by_launcher(line: str) -> None:
         assert (args.nproc_per_node, args.standalone) == ("4", True)
     else:
         args = launch_command_parser().parse_args(words[2:])
-        assert (args.num_processes, args.multi_gpu) == (4, True)
+        if args.config_file is not None:
+            assert yaml.safe_load((ROOT / args.config_file).read_text())["num_processes"] == 4
+        else:
+            assert (args.num_processes, args.multi_gpu) == (4, True)
+    if args.training_script == "launch.cli":
+        assert cli.main(args.training_script_args) == 0  # alone: test_doctor_collectives.py starts two
+        return
     assert (args.module, args.training_script) == (True, "launch.train")
     name = f"by_{words[0]}"
     assert alone("launch.train", [*args.training_script_args, f"name={name}"]) == 0
@@ -259,6 +271,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"msmil pack .* --recipe mammoclip", small_recipe),
     (r"msmil repeat .*", one_repetition),
     (r"msmil evaluate weights/.*", small_tiles),
+    (r"msmil bench scaling .*", small_scaling),
     (r"msmil watch .*", watched),
     (r"msmil doctor.*", parsed_alone),
     (r"msmil (pack|verify|train|extract|convert|evaluate|export|report|runs) ?.*", plain),

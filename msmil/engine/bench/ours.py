@@ -16,8 +16,8 @@ from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline
 from msmil.engine.preemption import StopRequest
 from msmil.engine.run import make_loss, make_network, make_schedule
-from msmil.engine.step import Stepper
 from msmil.engine.saving import Saver
+from msmil.engine.step import Stepper
 from msmil.engine.tracking import PHASES, PhaseTimer
 from msmil.engine.train import blocks_of_epoch, micro_batches
 from shards.types import Batch
