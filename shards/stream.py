@@ -20,6 +20,7 @@ from shards.errors import UserError
 from shards.features import FeatureReader, Features
 from shards.files import human_bytes
 from shards.manifest import Manifest
+from shards.members import MemberReader, mean_bytes
 from shards.plan import EpochPlan, Float32, Int64, rank_slice, worker_batches
 from shards.reader import ShardReader
 from shards.types import Batch
@@ -45,6 +46,7 @@ def train_stream(
     prefetch_batches: int,
     pin_memory: bool,
     features: Features | None = None,
+    node_ranks: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches of an epoch in order, `accumulation` for each global batch from `start_batch` on.
 
@@ -64,6 +66,8 @@ def train_stream(
         prefetch_batches: batches each decoding process keeps ready.
         pin_memory: page-locked memory, for copies to a GPU.
         features: what to read instead of images.
+        node_ranks: the ranks of this machine, whose samples are fetched together where the shards lie elsewhere; by
+            default this one alone.
 
     Raises:
         UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
@@ -78,8 +82,7 @@ def train_stream(
         block_shards=block_shards,
     )
     assert 0 <= start_batch <= plan.num_batches
-    parts = rank_slice(batch_size, world, rank, accumulation)
-    columns = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    columns = _columns([rank], batch_size=batch_size, world=world, accumulation=accumulation)
     rows_GB, weight_GB = plan.batches
     share = _Share(
         manifest,
@@ -90,8 +93,17 @@ def train_stream(
         features=features,
         images=features is None,
     )
+    if share.elsewhere:
+        fetched = _columns(node_ranks or [rank], batch_size=batch_size, world=world, accumulation=accumulation)
+        share.fetch_ahead(rows_GB[start_batch:, fetched].reshape(-1), size=len(fetched))
     batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
     return _micro_batches(batches, len(columns) // accumulation)
+
+
+def _columns(ranks: Sequence[int], *, batch_size: int, world: int, accumulation: int) -> Int64:
+    """The columns of a global batch that some ranks take."""
+    parts = [part for rank in ranks for part in rank_slice(batch_size, world, rank, accumulation)]
+    return np.concatenate([np.arange(part.start, part.stop) for part in parts])
 
 
 def train_plan(
@@ -144,6 +156,7 @@ def evaluation_stream(
         features=features,
         images=images,
     )
+    share.fetch_ahead(row_M, size=batch_size)
     return _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
 
 
@@ -200,6 +213,26 @@ class _Share(IterableDataset[Batch | _Failure]):
         self.num_batches = -(-len(row_M) // size)
         image_bytes = manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize if images else 0
         self.num_bytes = size * (image_bytes + (0 if features is None else features.num_bytes))
+        self.ahead: tuple[Int64, int] | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether something that is read lies on no disk of this machine."""
+        return any(folder.remote is not None for folder in self._folders())
+
+    def fetch_ahead(self, row_M: Int64, *, size: int) -> None:
+        """Let every process fetch these rows, `size` to a batch, before they are used, where they lie elsewhere.
+
+        Raises:
+            UserError: the cache is too small for it.
+        """
+        for folder in self._folders():
+            if folder.remote is not None:
+                folder.remote.check_room(size * mean_bytes(folder.shards))
+                self.ahead = row_M, size
+
+    def _folders(self) -> list[Manifest | Features]:
+        return [*([self.manifest] if self.images else []), *([] if self.features is None else [self.features])]
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         info = get_worker_info()
@@ -207,7 +240,14 @@ class _Share(IterableDataset[Batch | _Failure]):
         with ExitStack() as stack:
             images = stack.enter_context(ShardReader(self.manifest)) if self.images else None
             features = None if self.features is None else stack.enter_context(FeatureReader(self.features))
+            readers: list[MemberReader] = [reader for reader in (images, features) if reader is not None]
+            if self.ahead is not None:
+                row_M, size = self.ahead
+                for reader in readers:
+                    reader.fetch_ahead(row_M, size=size)
             for g in worker_batches(self.num_batches, 0, workers, worker):
+                for reader in readers:
+                    reader.reach(g)
                 try:
                     made: Batch | _Failure = self._batch(images, features, slice(g * self.size, (g + 1) * self.size))
                 except UserError as error:

@@ -70,6 +70,8 @@ def open_run(config: Config, runtime: Runtime) -> Run:
 
     runtime.on_main(make_folder)
     open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
+    if pipeline.manifest.remote is not None:
+        log.info("images: %s", pipeline.manifest.remote)
     schedule = make_schedule(pipeline)
     network = make_network(pipeline, pretrained=newest(folder.checkpoints) is None)
     ema = build_ema(network, config.train.ema_decay)

@@ -25,6 +25,7 @@ class Runtime:
 
     Attributes:
         rank, world: which process this is, of how many.
+        node_ranks: the ranks of this machine.
         device: where tensors go.
         is_main: rank 0, which alone writes files and logs.
         quiet: no progress and no information on the terminal; files are the same.
@@ -45,6 +46,8 @@ class Runtime:
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
         self.quiet = quiet
+        hosts = self.gather(socket.gethostname())
+        self.node_ranks = tuple(rank for rank, host in enumerate(hosts) if host == hosts[self.rank])
         self._autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
     @property

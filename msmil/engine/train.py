@@ -155,6 +155,7 @@ def open_stream(run: Run, epoch: int) -> Iterator[Batch]:
             prefetch_batches=config.data.prefetch_batches,
             pin_memory=runtime.device.type == "cuda",
             features=run.pipeline.features,
+            node_ranks=runtime.node_ranks,
         )
     )
 
