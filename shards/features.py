@@ -23,6 +23,7 @@ from shards.files import atomic_file, sha256_file
 from shards.header import ShardInfo
 from shards.manifest import FEATURES_FORMAT, MANIFEST_NAME, os_errors_for_users
 from shards.members import MemberReader, Place, Places
+from shards.remote.coming import Coming
 from shards.remote.folder import Remote, RemoteOptions, fetch_manifest, named_elsewhere
 from shards.remote.url import as_path
 
@@ -134,8 +135,9 @@ class Features:
 class FeatureReader(MemberReader):
     """Reads the features of images; a context manager that closes its files."""
 
-    def __init__(self, features: Features) -> None:
-        super().__init__(features.directory, features.shards, made="extracted", fix=_AGAIN, remote=features.remote)
+    def __init__(self, features: Features, coming: Coming | None = None) -> None:
+        where = features.directory, features.shards
+        super().__init__(*where, made="extracted", fix=_AGAIN, remote=features.remote, coming=coming)
         self.features = features
 
     def read(self, row: int) -> dict[int, Any]:

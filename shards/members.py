@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import UserError
+from shards.remote.coming import mean_bytes
 
 if TYPE_CHECKING:
     from shards.header import ShardInfo
     from shards.remote.ahead import Ahead
+    from shards.remote.coming import Coming
     from shards.remote.folder import Remote
     from shards.remote.members import RemoteMembers
 
@@ -55,16 +57,25 @@ class MemberReader(ABC):
         made: what made them, for the message: "packed".
         fix: what to do about a broken tar.
         remote: where the tars lie instead, if it is elsewhere; they are then read through its cache.
+        coming: rows that are going to be read, so that they be fetched before.
     """
 
     def __init__(
-        self, directory: Path, shards: Sequence[ShardInfo], *, made: str, fix: str, remote: Remote | None = None
+        self,
+        directory: Path,
+        shards: Sequence[ShardInfo],
+        *,
+        made: str,
+        fix: str,
+        remote: Remote | None = None,
+        coming: Coming | None = None,
     ) -> None:
         self._directory = directory
         self._shards = shards
         self._made = made
         self._fix = fix
         self._remote = remote
+        self._coming = coming
         self._members: RemoteMembers | None = None
         self._ahead: Ahead | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -86,24 +97,16 @@ class MemberReader(ABC):
     ) -> None:
         self.close()
 
-    def fetch_ahead(self, row_M: npt.NDArray[np.int64], *, size: int) -> None:
-        """Fetch the samples of coming batches before they are read, where the tars lie elsewhere.
-
-        Args:
-            row_M: rows of the coming batches in order, of all ranks of this machine.
-            size: rows of one batch.
-        """
-        if self._remote is None:
-            return
-        from shards.remote.ahead import Ahead
-
-        sample_bytes = mean_bytes(self._shards)
-        self._ahead = Ahead(self._of_remote(self._remote), self._places, row_M, size=size, sample_bytes=sample_bytes)
-
     def reach(self, batch: int) -> None:
-        """Say which of the coming batches is read now."""
-        if self._ahead is not None:
-            self._ahead.reach(batch)
+        """Say which of the coming batches is read now; those behind it are fetched meanwhile."""
+        if self._remote is None or self._coming is None:
+            return
+        if self._ahead is None:
+            from shards.remote.ahead import Ahead
+
+            sample_bytes = mean_bytes(self._shards)
+            self._ahead = Ahead(self._of_remote(self._remote), self._places, self._coming, sample_bytes)
+        self._ahead.reach(batch)
 
     @property
     def waits(self) -> int:
@@ -170,8 +173,3 @@ class MemberReader(ABC):
             os.close(self._files.popitem(last=False)[1])
         self._files[shard] = descriptor
         return descriptor
-
-
-def mean_bytes(shards: Sequence[ShardInfo]) -> float:
-    """Bytes that a sample takes in its tar, about."""
-    return sum(shard.num_bytes for shard in shards) / max(1, sum(shard.num_samples for shard in shards))

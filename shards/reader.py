@@ -9,18 +9,20 @@ from shards.codecs import CODECS, Pixels, decode
 from shards.errors import UserError
 from shards.manifest import Manifest
 from shards.members import MemberReader, Place, Places
+from shards.remote.coming import Coming
 
 
 class ShardReader(MemberReader):
     """Reads samples of a packed folder."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, coming: Coming | None = None) -> None:
         super().__init__(
             manifest.directory,
             manifest.shards,
             made="packed",
             fix=f"run `msmil verify {manifest.place}` to see what is broken, then copy the folder or pack it again",
             remote=manifest.remote,
+            coming=coming,
         )
         self.manifest = manifest
 

@@ -5,12 +5,10 @@ B images, H W pixels, K labels, M samples of this rank in order, G global batche
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,15 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.errors import UserError
 from shards.features import FeatureReader, Features
-from shards.files import human_bytes
 from shards.manifest import Manifest
-from shards.members import MemberReader, mean_bytes
-from shards.plan import EpochPlan, Float32, Int64, rank_slice, worker_batches
+from shards.plan import EpochPlan, Float32, Int64, rank_columns, worker_batches
 from shards.reader import ShardReader
+from shards.remote.coming import Coming, coming, elsewhere
 from shards.types import Batch
-from shards.workers import start_server, start_worker
-
-_SHARED_MEMORY: Final = Path("/dev/shm")
+from shards.workers import check_shared_memory, start_server, start_worker
 
 
 def train_stream(
@@ -66,8 +61,7 @@ def train_stream(
         prefetch_batches: batches each decoding process keeps ready.
         pin_memory: page-locked memory, for copies to a GPU.
         features: what to read instead of images.
-        node_ranks: the ranks of this machine, whose samples are fetched together where the shards lie elsewhere; by
-            default this one alone.
+        node_ranks: the ranks of this machine (by default this one), whose samples are fetched together from elsewhere.
 
     Raises:
         UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
@@ -82,7 +76,7 @@ def train_stream(
         block_shards=block_shards,
     )
     assert 0 <= start_batch <= plan.num_batches
-    columns = _columns([rank], batch_size=batch_size, world=world, accumulation=accumulation)
+    columns = rank_columns(batch_size, world, [rank], accumulation)
     rows_GB, weight_GB = plan.batches
     share = _Share(
         manifest,
@@ -93,17 +87,11 @@ def train_stream(
         features=features,
         images=features is None,
     )
-    if share.elsewhere:
-        fetched = _columns(node_ranks or [rank], batch_size=batch_size, world=world, accumulation=accumulation)
-        share.fetch_ahead(rows_GB[start_batch:, fetched].reshape(-1), size=len(fetched))
+    if elsewhere(manifest, features):
+        fetched = rank_columns(batch_size, world, node_ranks or [rank], accumulation)
+        share.expect(rows_GB[start_batch:, fetched].reshape(-1), size=len(fetched))
     batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
     return _micro_batches(batches, len(columns) // accumulation)
-
-
-def _columns(ranks: Sequence[int], *, batch_size: int, world: int, accumulation: int) -> Int64:
-    """The columns of a global batch that some ranks take."""
-    parts = [part for rank in ranks for part in rank_slice(batch_size, world, rank, accumulation)]
-    return np.concatenate([np.arange(part.start, part.stop) for part in parts])
 
 
 def train_plan(
@@ -156,7 +144,7 @@ def evaluation_stream(
         features=features,
         images=images,
     )
-    share.fetch_ahead(row_M, size=batch_size)
+    share.expect(row_M, size=batch_size)
     return _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
 
 
@@ -213,41 +201,24 @@ class _Share(IterableDataset[Batch | _Failure]):
         self.num_batches = -(-len(row_M) // size)
         image_bytes = manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize if images else 0
         self.num_bytes = size * (image_bytes + (0 if features is None else features.num_bytes))
-        self.ahead: tuple[Int64, int] | None = None
+        self.coming: Coming | None = None
 
-    @property
-    def elsewhere(self) -> bool:
-        """Whether something that is read lies on no disk of this machine."""
-        return any(folder.remote is not None for folder in self._folders())
-
-    def fetch_ahead(self, row_M: Int64, *, size: int) -> None:
-        """Let every process fetch these rows, `size` to a batch, before they are used, where they lie elsewhere.
-
-        Raises:
-            UserError: the cache is too small for it.
-        """
-        for folder in self._folders():
-            if folder.remote is not None:
-                folder.remote.check_room(size * mean_bytes(folder.shards))
-                self.ahead = row_M, size
-
-    def _folders(self) -> list[Manifest | Features]:
-        return [*([self.manifest] if self.images else []), *([] if self.features is None else [self.features])]
+    def expect(self, row_M: Int64, *, size: int) -> None:
+        """Fetch these rows, `size` to a batch, before they are used, where they lie elsewhere."""
+        self.coming = coming(row_M, size, self.manifest if self.images else None, self.features)
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         with ExitStack() as stack:
-            images = stack.enter_context(ShardReader(self.manifest)) if self.images else None
-            features = None if self.features is None else stack.enter_context(FeatureReader(self.features))
-            readers: list[MemberReader] = [reader for reader in (images, features) if reader is not None]
-            if self.ahead is not None:
-                row_M, size = self.ahead
-                for reader in readers:
-                    reader.fetch_ahead(row_M, size=size)
+            images = stack.enter_context(ShardReader(self.manifest, self.coming)) if self.images else None
+            features = None
+            if self.features is not None:
+                features = stack.enter_context(FeatureReader(self.features, self.coming))
             for g in worker_batches(self.num_batches, 0, workers, worker):
-                for reader in readers:
-                    reader.reach(g)
+                for reader in (images, features):
+                    if reader is not None:
+                        reader.reach(g)
                 try:
                     made: Batch | _Failure = self._batch(images, features, slice(g * self.size, (g + 1) * self.size))
                 except UserError as error:
@@ -280,7 +251,7 @@ def _serve(share: _Share, *, workers: int, prefetch_batches: int, pin_memory: bo
     workers = min(workers, share.num_batches)
     options: dict[str, Any] = {}
     if workers:
-        _check_shared_memory(workers, (prefetch_batches + 1) * share.num_bytes)
+        check_shared_memory(workers, (prefetch_batches + 1) * share.num_bytes)
         options = {
             "multiprocessing_context": start_server(),
             "worker_init_fn": start_worker,
@@ -325,18 +296,3 @@ def _micro_batches(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
                 sample_B=batch.sample_B[part],
                 levels=None if batch.levels is None else {level: x[part] for level, x in batch.levels.items()},
             )
-
-
-def _check_shared_memory(workers: int, bytes_per_worker: int) -> None:
-    """Batches travel through /dev/shm, which containers keep small; when it is full, the loader hangs or dies."""
-    if not _SHARED_MEMORY.is_dir():
-        return
-    status = os.statvfs(_SHARED_MEMORY)
-    free, needed = status.f_bavail * status.f_frsize, workers * bytes_per_worker
-    if free < needed:
-        raise UserError(
-            f"{workers} decoding processes need {human_bytes(needed)} of shared memory, {human_bytes(free)} are free",
-            fix="start the container with more (docker run --shm-size=16g), or lower the number of decoding processes "
-            "or of batches that each keeps ready",
-            file=_SHARED_MEMORY,
-        )

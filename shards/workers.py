@@ -15,14 +15,19 @@ import signal
 import threading
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Final
 
 import torch
+
+from shards.errors import UserError
+from shards.files import human_bytes
 
 # What schedulers and terminals send to every process of a job. Only the training process answers: it saves and ends,
 # for which it needs its decoding processes alive.
 _NOT_OURS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _CHECK_EVERY_S: Final = 1.0
+_SHARED_MEMORY: Final = Path("/dev/shm")
 
 # What a decoding process imports, with what torch, pyarrow and Pillow import only when they are first used (0.3 s in
 # each process if the server had not done it).
@@ -65,3 +70,22 @@ def _end_with_parent() -> None:
         if asked is not None and asked.si_pid == parent.pid:
             break
     os._exit(1)
+
+
+def check_shared_memory(workers: int, bytes_per_worker: int) -> None:
+    """Batches travel through /dev/shm, which containers keep small; when it is full, the loader hangs or dies.
+
+    Raises:
+        UserError: it is too small.
+    """
+    if not _SHARED_MEMORY.is_dir():
+        return
+    status = os.statvfs(_SHARED_MEMORY)
+    free, needed = status.f_bavail * status.f_frsize, workers * bytes_per_worker
+    if free < needed:
+        raise UserError(
+            f"{workers} decoding processes need {human_bytes(needed)} of shared memory, {human_bytes(free)} are free",
+            fix="start the container with more (docker run --shm-size=16g), or lower the number of decoding processes "
+            "or of batches that each keeps ready",
+            file=_SHARED_MEMORY,
+        )

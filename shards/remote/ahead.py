@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from shards.errors import UserError
 from shards.members import Place, Places
+from shards.remote.coming import Coming
 from shards.remote.folder import LEAST_BATCHES
 from shards.remote.members import GAP_BYTES, RemoteMembers
 
@@ -39,8 +40,7 @@ class Ahead:
     Args:
         members: what fetches.
         places: of rows.
-        row_M: rows of the coming batches of all ranks of this machine.
-        size: rows of one batch.
+        coming: rows that are going to be read.
         sample_bytes: of a sample, about.
     """
 
@@ -48,18 +48,16 @@ class Ahead:
         self,
         members: RemoteMembers,
         places: Callable[[npt.NDArray[np.int64]], Places],
-        row_M: npt.NDArray[np.int64],
-        *,
-        size: int,
+        coming: Coming,
         sample_bytes: float,
     ) -> None:
         self._members = members
         self._places = places
-        self._row_M = row_M
-        self._size = size
+        self._row_M = coming.row_M
+        self._size = coming.size
         limit_bytes = members.remote.options.limit_bytes
         budget_bytes = min(_SWEEP_BYTES, limit_bytes // LEAST_BATCHES)
-        self._most_batches = max(1, int(budget_bytes / (size * sample_bytes)))
+        self._most_batches = max(1, int(budget_bytes / (coming.size * sample_bytes)))
         self._groups = self._plan()
         self._position = 0
         self._stopped = False
