@@ -150,17 +150,14 @@ class Cache:
         if wanted > self.limit_bytes:
             return False
         with self._ledger() as held:
-            # The sizes are seen by others who count: an unfinished file has its final size.
+            if held[0] + wanted > self.limit_bytes:
+                held[0] = self._evict(wanted)
+            if held[0] + wanted > self.limit_bytes:
+                return False
+            # An unfinished file has its final size, for others who count.
             for claim in claims:
                 os.ftruncate(claim.descriptor, claim.num_bytes)
             held[0] += wanted
-            if held[0] > self.limit_bytes:
-                held[0] = self._evict()
-            if held[0] > self.limit_bytes:
-                for claim in claims:
-                    os.ftruncate(claim.descriptor, 0)
-                held[0] -= wanted
-                return False
         for claim in claims:
             claim.reserved = True
         return True
@@ -196,14 +193,15 @@ class Cache:
         finally:
             os.close(descriptor)
 
-    def _evict(self) -> int:
+    def _evict(self, wanted_bytes: int) -> int:
         """Remove what was not used for longest, and what dead processes left; the bytes that remain."""
+        left_bytes = self.limit_bytes * _LEFT - wanted_bytes
         entries = sorted(self._entries())
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
             if path.suffix == PART:
                 total -= size if _removed_if_left(path) else 0
-            elif total > self.limit_bytes * _LEFT:
+            elif total > left_bytes:
                 with suppress(FileNotFoundError):
                     path.unlink()
                 total -= size

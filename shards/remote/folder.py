@@ -168,13 +168,13 @@ def _fetch(store: Store, folder: Path) -> dict[str, Any]:
     """Copy the manifest and its table into a folder of their own, manifest.json last; what is whole is kept."""
     content = store.read(MANIFEST_NAME)
     copy = folder / hashlib.sha256(content).hexdigest()[:16]
-    found = {"copy": copy.name, "ranges": store.serves_ranges(MANIFEST_NAME, content)}
+    found: dict[str, Any] = {"copy": copy.name, "ranges": store.serves_ranges(MANIFEST_NAME, content)}
     if (copy / MANIFEST_NAME).exists():
         return found
     copy.mkdir(exist_ok=True, mode=0o700)
     table = _table(content)
     if table is not None:
-        _fetch_table(store, copy / table["name"], int(table["num_bytes"]), str(table["sha256"]))
+        _fetch_table(store, copy / table["name"], int(table["num_bytes"]), str(table["sha256"]), found["ranges"])
     with atomic_file(copy / MANIFEST_NAME) as file:
         file.write(content)
     return found
@@ -191,11 +191,11 @@ def _table(content: bytes) -> dict[str, Any] | None:
     return dict(table) if whole else None
 
 
-def _fetch_table(store: Store, path: Path, num_bytes: int, sha256: str) -> None:
+def _fetch_table(store: Store, path: Path, num_bytes: int, sha256: str, ranges: bool) -> None:
     name = path.name
     for _ in range(2):  # a wrong byte may be the network's
         with atomic_file(path, needed_bytes=num_bytes) as file:
-            store.download(name, file, num_bytes)
+            store.download(name, file, num_bytes, ranges=ranges)
         if sha256_file(path).hex() == sha256:
             return
     path.unlink()

@@ -136,7 +136,7 @@ class RemoteMembers:
                 return
             with os.fdopen(os.dup(claim.descriptor), "r+b") as file:
                 for _ in range(_TRIES):
-                    self._store.download(info.name, file, info.num_bytes)
+                    self._store.download(info.name, file, info.num_bytes, ranges=False)
                     file.flush()
                     file.seek(0)
                     if hashlib.file_digest(file, "sha256").hexdigest() == info.sha256:

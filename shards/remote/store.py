@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 # A request may take `timeout_s` and, beside that, what its bytes take at this rate.
 _SLOWEST_BYTES_PER_S: Final = 1e6
+_PIECE_BYTES: Final = 16 << 20
 _FIRST_PAUSE_S: Final = 0.25
 _LONGEST_PAUSE_S: Final = 10.0
 # What libraries raise for a network that fails, where it is no OSError; other exceptions are mistakes and end here.
@@ -88,20 +89,26 @@ class Store:
 
         return self._tried(name, ask)
 
-    def download(self, name: str, file: BinaryIO, num_bytes: int) -> None:
-        """Write a whole file of `num_bytes` into an open one, from its start.
+    def download(self, name: str, file: BinaryIO, num_bytes: int, *, ranges: bool) -> None:
+        """Write a whole file of `num_bytes` into an open one, from its start: in pieces, where `ranges` are served.
 
         Raises:
             UserError: as `read`.
         """
 
         def ask() -> None:
+            assert self.is_http, "all other stores serve ranges"
             file.seek(0)
             self._system().get_file(self._path(name), file, **self._timeout(num_bytes))
             if file.tell() != num_bytes:
                 raise ShortError(f"{file.tell()} of {num_bytes} bytes came")
 
-        self._tried(name, ask)
+        if not ranges:
+            self._tried(name, ask)
+            return
+        file.seek(0)
+        for start in range(0, num_bytes, _PIECE_BYTES):
+            file.write(self.read(name, start, min(start + _PIECE_BYTES, num_bytes)))
 
     def info(self, name: str) -> dict[str, Any]:
         """Size of a file ("size", None where unknown) and what else tells its versions apart.

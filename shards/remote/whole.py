@@ -29,5 +29,5 @@ def tars_here(folder: Folder, shard: int) -> Iterator[Folder]:
     with tempfile.TemporaryDirectory(prefix="msmil-") as directory:
         path = Path(directory) / info.name
         with path.open("w+b") as file:
-            folder.remote.store().download(info.name, file, info.num_bytes)
+            folder.remote.store().download(info.name, file, info.num_bytes, ranges=folder.remote.ranges)
         yield folder.with_tars(path.parent)

@@ -42,10 +42,11 @@ def test_what_fails_is_tried_again(store: Store, server: FileServer, whole: byte
     server.faults.extend([fault, fault])
     assert store.read(NAME, 1000, 1500) == whole[1000:1500]
     assert [sent.fault for sent in server.gets()] == [fault, fault, None]
-    server.faults.append(fault)
-    file = io.BytesIO()
-    store.download(NAME, file, len(whole))
-    assert file.getvalue() == whole
+    for ranges in (True, False):
+        server.faults.append(fault)
+        file = io.BytesIO()
+        store.download(NAME, file, len(whole), ranges=ranges)
+        assert file.getvalue() == whole
 
 
 def test_pauses_grow(store: Store, server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_what_is_not_there_is_asked_for_once(store: Store) -> None:
 def test_nobody_there(packed: Path) -> None:
     with serving(packed) as server:
         url = server.url
-    with pytest.raises(UserError, match="cannot be read: .*2 attempts"):
+    with pytest.raises(UserError, match=r"cannot be read: .*2 attempts"):
         Store(url, timeout_s=1, retries=1).read(NAME)
 
 
