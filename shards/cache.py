@@ -48,20 +48,14 @@ class Claim:
     def publish(self) -> None:
         """Show what was written into `descriptor` to all."""
         assert self.reserved
-        path = self._cache.path(self.digest)
-        part = path.with_name(path.name + PART)
-        part.rename(path)
-        os.utime(path)
+        self._cache.show(self.digest)
         self._end()
 
     def close(self) -> None:
         """Give the right back; what was not published is removed."""
         if not self._open:
             return
-        path = self._cache.path(self.digest)
-        path.with_name(path.name + PART).unlink(missing_ok=True)
-        if self.reserved:
-            self._cache.release(self.num_bytes)
+        self._cache.drop(self.digest, self.num_bytes if self.reserved else 0)
         self._end()
 
     def _end(self) -> None:
@@ -95,6 +89,11 @@ class Cache:
         name = digest.hex()
         return self.folder / _OBJECTS / name[:2] / name[2:]
 
+    def _part(self, digest: bytes) -> Path:
+        """Where it lies while it is fetched."""
+        path = self.path(digest)
+        return path.with_name(path.name + PART)
+
     def has(self, digest: bytes) -> bool:
         """Whether an object is there now."""
         return self.path(digest).exists()
@@ -118,8 +117,7 @@ class Cache:
             num_bytes: its size.
             wait: until the other one is done or dead, so that None means that it is there.
         """
-        path = self.path(digest)
-        part = path.with_name(path.name + PART)
+        path, part = self.path(digest), self._part(digest)
         while not path.exists():
             part.parent.mkdir(exist_ok=True, mode=0o700)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -162,18 +160,26 @@ class Cache:
             claim.reserved = True
         return True
 
-    def release(self, num_bytes: int) -> None:
-        """Take bytes off the ledger that were reserved and are not there."""
+    def show(self, digest: bytes) -> None:
+        """Give an object that is whole its name. Whoever holds the ledger sees no file move while it counts."""
+        part = self._part(digest)
+        os.utime(part)
+        with self._ledger():
+            part.rename(self.path(digest))
+
+    def drop(self, digest: bytes, reserved_bytes: int) -> None:
+        """Remove an unfinished object, and what was reserved for it from the ledger."""
         with self._ledger() as held:
-            held[0] -= num_bytes
+            self._part(digest).unlink(missing_ok=True)
+            held[0] -= reserved_bytes
 
     def discard(self, digest: bytes) -> None:
         """Remove an object that turned out to be damaged."""
         path = self.path(digest)
-        with suppress(FileNotFoundError):
+        with self._ledger() as held, suppress(FileNotFoundError):
             size = path.stat().st_size
             path.unlink()
-            self.release(size)
+            held[0] -= size
 
     def held_bytes(self) -> int:
         """What the ledger says is there or on its way."""
