@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import Literal
+
+from shards.remote.url import is_url
 
 
 def at_least_one(text: str) -> int:
@@ -17,6 +20,17 @@ def at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return number
+
+
+def folder_here(text: str) -> Path:
+    """A folder that is written, as the `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is an address.
+    """
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is an address; give a folder, and copy it there when it is whole")
+    return Path(text)
 
 
 def number_of_folds(text: str) -> int | Literal["table"]:

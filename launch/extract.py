@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.arguments import add_json, add_overrides, add_quiet, add_ranks, at_least_one
+from launch.arguments import add_json, add_overrides, add_quiet, add_ranks, at_least_one, folder_here
 from launch.commands import Commands
 from launch.ranks import default_ranks, rank_program, start_ranks
 from msmil.config_io import load_config
@@ -84,7 +83,7 @@ def rank_main(argv: Sequence[str] | None = None) -> int:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", metavar="CONFIG", help="experiment; its data, bags and model sections say what is encoded")
-    add("out", metavar="OUT", type=Path, help="folder for the shards of features")
+    add("out", metavar="OUT", type=folder_here, help="folder for the shards of features")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="how numbers are stored (default: fp32)")
     add("--zstd", action="store_true", help="compress, which costs time when they are read")
     add("--images-per-shard", type=at_least_one, default=64, metavar="N", help="images in a tar (default: 64)")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.arguments import add_json, add_processes, add_quiet, at_least_one
+from launch.arguments import add_json, add_processes, add_quiet, at_least_one, folder_here
 from launch.commands import Commands
 from shards.errors import UserError
 
@@ -39,7 +39,7 @@ def add_parser(commands: Commands) -> None:
     )
     add = parser.add_argument
     default = "(default: %(default)s)"
-    add("out", metavar="OUT", type=Path, help="folder for the tars and the manifest")
+    add("out", metavar="OUT", type=folder_here, help="folder for the tars and the manifest")
     add("--table", type=Path, required=True, metavar="CSV", help="the archive's table (required)")
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the archive's images (required)")
     add("--source", choices=("grouped", "folder"), default="grouped", help=f"layout of table and folder {default}")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from launch.arguments import add_processes, add_quiet, at_least_one
+from launch.arguments import add_processes, add_quiet, at_least_one, folder_here
 from launch.commands import Commands
 
 
@@ -20,7 +19,7 @@ def add_parser(commands: Commands) -> None:
         examples=("msmil phantom data/phantoms --exams-training 40 --seed 7",),
     )
     add = parser.add_argument
-    add("out", metavar="OUT", type=Path, help="folder for the table and the images")
+    add("out", metavar="OUT", type=folder_here, help="folder for the table and the images")
     add("--exams-training", type=int, default=400, metavar="N", help="exams marked as training (default: %(default)s)")
     add("--exams-test", type=int, default=100, metavar="N", help="exams marked as test (default: %(default)s)")
     height = "height of the images in pixels; it stands for 200 mm (default: %(default)s)"

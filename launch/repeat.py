@@ -107,7 +107,7 @@ def make_parts(file: str, overrides: Sequence[str], *, runs: int | None, folds: 
         manifest = check_experiment(one, ranks)
         if len(manifest.rows("test")) == 0:
             fix = "pack a table that marks test images, since every run is judged on them"
-            raise UserError("there are no test images", file=manifest.directory, fix=fix)
+            raise UserError("there are no test images", file=manifest.place, fix=fix)
         parts.append(Part(name, more, one, manifest.fingerprint))
     return parts
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from launch.arguments import add_json, add_processes, add_quiet
 from launch.commands import Commands
@@ -21,7 +20,9 @@ def add_parser(commands: Commands) -> None:
         "the tars, samples.arrow and manifest.json agree; of features likewise. Exit code 2 if anything is wrong.",
         examples=("msmil verify data/shards", "msmil verify data/shards --quiet --json | jq .problems"),
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder that `msmil pack` or `msmil extract` wrote")
+    parser.add_argument(
+        "folder", metavar="DIR", help="folder that `msmil pack` or `msmil extract` wrote, or its address"
+    )
     add_processes(parser)
     add_quiet(parser, "no progress, and no word where nothing is wrong")
     add_json(parser, "what was read and what is wrong")

@@ -12,6 +12,7 @@ from msmil.config_checks import check_engine, check_folds, check_frozen, check_m
 from msmil.config_checks import require as _require
 from msmil.config_offline import check_offline
 from msmil.config_ranges import check_ranges
+from shards.remote.url import check_url
 
 
 def opt(default: Any, doc: str) -> Any:
@@ -25,10 +26,14 @@ def opt(default: Any, doc: str) -> Any:
 class DataConfig:
     """Where the images are and which labels are learned."""
 
-    shards: str = opt("data/shards", "folder that `msmil pack` wrote (holds manifest.json)")
+    shards: str = opt("data/shards", "folder that `msmil pack` wrote, or its address (https://, s3://, gs://, ...)")
     features: str = opt(
         "", "folder that `msmil extract` wrote: its features are read instead of images (train.encoder: frozen)"
     )
+    cache_dir: str = opt("", "of an address: folder on a local disk for what was fetched; empty: where TMPDIR is")
+    cache_gb: float = opt(20.0, "of an address: what images may take in that folder, in GB")
+    request_timeout_s: float = opt(30.0, "of an address: seconds that a request may stall")
+    request_retries: int = opt(5, "of an address: how often a request is made again, after a growing pause")
     labels: tuple[str, ...] = opt(("Mass",), "labels of the manifest that the model learns, in this order")
     folds: Literal["none", "table"] | int = opt(
         "none", "cross-validation: folds of all patients outside test, seeded, or those of the packed table"
@@ -257,6 +262,8 @@ def _check(config: Config) -> None:
     train, data = config.train, config.data
     check_folds(config.data)
     check_order(config.data)
+    for key in ("shards", "features"):
+        check_url(getattr(data, key), f"data.{key}")
     check_model(config)
     _require(len(data.labels) > 0, "data.labels", list(data.labels), "name at least one label of the manifest")
     _require(len(set(data.labels)) == len(data.labels), "data.labels", list(data.labels), "name each label once")

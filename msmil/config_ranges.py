@@ -35,7 +35,7 @@ def check_ranges(config: Config) -> None:
         _require(0 <= values[key] < 1, key, values[key], "give a number in 0 <= x < 1")
     for key in _UP_TO_ONE:
         _require(0 <= values[key] <= 1, key, values[key], "give a number in 0 <= x <= 1")
-    for key in ("bags.std", "bags.local_contrast_sigma_px", "optim.lr"):
+    for key in ("bags.std", "bags.local_contrast_sigma_px", "optim.lr", "data.cache_gb", "data.request_timeout_s"):
         _require(values[key] > 0, key, values[key], "give a number above 0")
     blocks = config.train.trainable_blocks
     _require(blocks == "all" or int(blocks) >= 1, "train.trainable_blocks", blocks, "give all, or at least 1")
@@ -53,7 +53,8 @@ _AT_LEAST_ONE = (
     "evaluate.bootstrap_replicates", "tracking.every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "data.fold_seed", "data.fraction_seed", "data.workers", "bags.local_contrast", "tracking.images",
+    "seed", "data.fold_seed", "data.fraction_seed", "data.workers", "data.request_retries", "bags.local_contrast",
+    "tracking.images",
     "bags.augment.rotation_deg", "bags.augment.gamma", "bags.augment.noise_sd", "bags.augment.cutout_count",
     "loss.instance_weight", "loss.composite_weight", "optim.backbone_lr_factor", "optim.weight_decay",
     "optim.warmup_epochs", "optim.clip_grad_norm", "train.head_warmup_epochs", "checkpoint.every_steps",

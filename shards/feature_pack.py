@@ -20,7 +20,8 @@ from shards.errors import UserError
 from shards.feature_codec import FeatureType, encode, extension
 from shards.features import WORK_FOLDER, Features, read_features, write_features
 from shards.files import atomic_file
-from shards.manifest import Manifest, ShardInfo
+from shards.header import ShardInfo
+from shards.manifest import Manifest
 from shards.members import Place
 from shards.pack_shard import member_json, shard_name
 from shards.pool import default_processes

@@ -9,6 +9,7 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.features import FeatureReader, Features, read_features
 from shards.pool import default_processes, run_tasks
+from shards.remote.whole import tars_here
 from shards.verify import Problem, VerifyReport, check_file, check_foreign_tars
 
 
@@ -41,9 +42,9 @@ def verify_features(directory: str | Path, *, processes: int | None = None, quie
         quiet=quiet,
     )
     problems = [problem for shard in checked for problem in shard]
-    problems += check_foreign_tars(features.directory, features.shards)
+    problems += check_foreign_tars(features)
     return VerifyReport(
-        directory=features.directory,
+        directory=features.where,
         images=len(features),
         shards=len(features.shards),
         problems=tuple(problems),
@@ -52,10 +53,19 @@ def verify_features(directory: str | Path, *, processes: int | None = None, quie
 
 
 def _check_shard(task: _Task, tick: Callable[[], object]) -> list[Problem]:
-    features, info = task.features, task.features.shards[task.shard]
+    info = task.features.shards[task.shard]
+    try:
+        with tars_here(task.features, task.shard) as features:
+            return _check_shard_here(features, task.shard, tick)
+    except UserError as error:  # it cannot be downloaded
+        return [Problem(info.name, error.thing)]
+
+
+def _check_shard_here(features: Features, shard: int, tick: Callable[[], object]) -> list[Problem]:
+    info = features.shards[shard]
     things = check_file(features.directory / info.name, info)
     with FeatureReader(features) as reader:
-        for row in features.rows(task.shard):
+        for row in features.rows(shard):
             tick()
             try:
                 reader.read(row)

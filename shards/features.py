@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from shards import samples
 from shards.errors import UserError
 from shards.feature_codec import TYPES, FeatureType, decode
 from shards.files import atomic_file, sha256_file
-from shards.manifest import FEATURES_FORMAT, MANIFEST_NAME, ShardInfo, os_errors_for_users
-from shards.members import MemberReader, Place
+from shards.header import ShardInfo
+from shards.manifest import FEATURES_FORMAT, MANIFEST_NAME, os_errors_for_users
+from shards.members import MemberReader, Place, Places
+from shards.remote.coming import Coming
+from shards.remote.folder import Remote, RemoteOptions, fetch_manifest, named_elsewhere
+from shards.remote.url import as_path
 
 SCHEMA_VERSION: Final = 1
 ROWS_NAME: Final = "features.arrow"
@@ -66,8 +71,12 @@ class Features:
     levels: shape of an image's features by stride (or tile size): those that are read.
     """
 
-    def __init__(self, directory: Path, header: FeatureHeader, table: pa.Table) -> None:
+    def __init__(
+        self, directory: Path, header: FeatureHeader, table: pa.Table, *, remote: Remote | None = None
+    ) -> None:
         self.directory = directory
+        self.remote = remote
+        self.where = str(directory) if remote is None else remote.url
         self.header = header
         self.levels = {int(level): tuple(shape) for level, shape in header.levels.items()}
         self.shards = tuple(ShardInfo(**shard) for shard in header.shards)
@@ -81,7 +90,7 @@ class Features:
         return int(self._table.num_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.directory, self.header.rows["sha256"], tuple(self.levels))
+        return _reopen, (self.directory, self.header.rows["sha256"], tuple(self.levels), self.remote)
 
     @property
     def num_bytes(self) -> int:
@@ -90,9 +99,15 @@ class Features:
 
     def only(self, levels: Sequence[int]) -> Features:
         """The same folder, of which only these levels are read."""
-        chosen = Features(self.directory, self.header, self._table)
+        chosen = Features(self.directory, self.header, self._table, remote=self.remote)
         chosen.levels = {level: self.levels[level] for level in levels}
         return chosen
+
+    def with_tars(self, directory: Path) -> Features:
+        """The same folder, the tars of which lie in a folder of this machine."""
+        moved = Features(directory, self.header, self._table)
+        moved.levels = self.levels
+        return moved
 
     def place(self, row: int) -> Place:
         """Where the features of a row lie."""
@@ -102,6 +117,10 @@ class Features:
             int(self._num_bytes_N[row]),
             self._sha256_N32[row].tobytes(),
         )
+
+    def places(self, row_M: npt.NDArray[np.int64]) -> Places:
+        """The same of many rows, as arrays."""
+        return Places(self._shard_N[row_M], self._offset_N[row_M], self._num_bytes_N[row_M], self._sha256_N32[row_M])
 
     def rows(self, shard: int) -> list[int]:
         """The rows whose features lie in a tar."""
@@ -116,8 +135,9 @@ class Features:
 class FeatureReader(MemberReader):
     """Reads the features of images; a context manager that closes its files."""
 
-    def __init__(self, features: Features) -> None:
-        super().__init__(features.directory, [s.name for s in features.shards], made="extracted", fix=_AGAIN)
+    def __init__(self, features: Features, coming: Coming | None = None) -> None:
+        where = features.directory, features.shards
+        super().__init__(*where, made="extracted", fix=_AGAIN, remote=features.remote, coming=coming)
         self.features = features
 
     def read(self, row: int) -> dict[int, Any]:
@@ -135,14 +155,33 @@ class FeatureReader(MemberReader):
         except UserError as error:
             raise self._error(place.shard, error.thing, error.fix) from error
 
+    def _places(self, row_M: npt.NDArray[np.int64]) -> Places:
+        return self.features.places(row_M)
 
-def read_features(directory: str | Path) -> Features:
+
+def read_features(directory: str | Path, options: RemoteOptions | None = None) -> Features:
     """Open a folder of features; see that every tar is there with its size. Contents are checked when they are read.
+
+    Args:
+        directory: a path, or an address as `read_manifest` takes it.
+        options: how an address is read.
 
     Raises:
         UserError: a file is missing, unreadable, of another version, not ours, truncated or changed.
     """
-    directory = Path(directory).absolute()
+    path = as_path(directory)
+    if path is not None:
+        features = _read_features(path, None)
+        _check_shards(features)
+        return features
+    copy, remote = fetch_manifest(str(directory), options or RemoteOptions())
+    with named_elsewhere(copy, remote):
+        features = _read_features(copy, remote)
+    remote.check_shards(features.shards, _AGAIN)
+    return features
+
+
+def _read_features(directory: Path, remote: Remote | None) -> Features:
     header = _read_header(directory)
     path = directory / ROWS_NAME
     with os_errors_for_users(path):
@@ -150,9 +189,12 @@ def read_features(directory: str | Path) -> Features:
             raise UserError("missing, though manifest.json names it", fix=_AGAIN, file=path)
         if path.stat().st_size != header.rows["num_bytes"] or sha256_file(path).hex() != header.rows["sha256"]:
             raise UserError("changed since it was extracted: its checksum is another", fix=_AGAIN, file=path)
-    features = _open(directory, header)
+    return _open(directory, header, remote)
+
+
+def _check_shards(features: Features) -> None:
     for shard in features.shards:
-        path = directory / shard.name
+        path = features.directory / shard.name
         with os_errors_for_users(path):
             if not path.is_file():
                 raise UserError("missing, though manifest.json names it", fix=_AGAIN, file=path)
@@ -160,7 +202,6 @@ def read_features(directory: str | Path) -> Features:
         if size != shard.num_bytes:
             what = "truncated" if size < shard.num_bytes else "longer than extracted"
             raise UserError(f"{what}: {size} bytes instead of {shard.num_bytes}", fix=_AGAIN, file=path)
-    return features
 
 
 def write_features(
@@ -196,15 +237,15 @@ def write_features(
         file.write((json.dumps(asdict(header), indent=1) + "\n").encode())
 
 
-def _reopen(directory: Path, digest: str, levels: tuple[int, ...]) -> Features:
+def _reopen(directory: Path, digest: str, levels: tuple[int, ...], remote: Remote | None) -> Features:
     """What unpickling calls: map again, without hashing, and see that it is still the same folder."""
-    features = _open(directory, _read_header(directory))
+    features = _open(directory, _read_header(directory), remote)
     if features.header.rows["sha256"] != digest:
         raise UserError("changed while it was in use", fix="start again", file=directory / MANIFEST_NAME)
     return features.only(levels)
 
 
-def _open(directory: Path, header: FeatureHeader) -> Features:
+def _open(directory: Path, header: FeatureHeader, remote: Remote | None) -> Features:
     path = directory / ROWS_NAME
     try:
         with pa.memory_map(str(path), "r") as source:
@@ -213,7 +254,7 @@ def _open(directory: Path, header: FeatureHeader) -> Features:
         raise UserError(f"cannot be read ({error})", fix=_AGAIN, file=path) from error
     if not table.schema.equals(_COLUMNS) or table.num_rows == 0:
         raise UserError("its columns are not those of this version", fix=_AGAIN, file=path)
-    return Features(directory, header, table)
+    return Features(directory, header, table, remote=remote)
 
 
 def _read_header(directory: Path) -> FeatureHeader:

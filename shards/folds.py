@@ -51,7 +51,7 @@ def with_fold(
         fold_M = _seeded(manifest, row_M, folds, seed, labels)
     known = sorted(set(fold_M.tolist()))
     if fold not in known:
-        raise UserError(f"no training image is in fold {fold}", fix=f"choose from {known}", file=manifest.directory)
+        raise UserError(f"no training image is in fold {fold}", fix=f"choose from {known}", file=manifest.place)
     rows = {"train": row_M[fold_M != fold], "val": row_M[fold_M == fold], "test": manifest.rows("test")}
     code_N = np.full(len(manifest), -1, np.int8)
     for code, split in enumerate(SPLITS):
@@ -128,7 +128,7 @@ def _enough_patients(manifest: Manifest, row_M: NDArray[np.int64], folds: int) -
     patient_M: Sequence[str] = manifest.text("patient_id", row_M)
     if (patients := len(set(patient_M))) < folds:
         thing = f"data.folds is {folds}, but only {patients} patients are outside the test split"
-        raise UserError(thing, fix=f"give at most {patients}", file=manifest.directory)
+        raise UserError(thing, fix=f"give at most {patients}", file=manifest.place)
     return patient_M
 
 
@@ -138,12 +138,12 @@ def _folds_of_table(manifest: Manifest, row_M: NDArray[np.int64]) -> NDArray[np.
     if missing:
         thing = f"data.folds is table, but {missing} of {len(row_M)} images outside the test split have no fold"
         fix = "pack a table that has a fold for each of them, or give data.folds a number"
-        raise UserError(thing, fix=fix, file=manifest.directory)
+        raise UserError(thing, fix=fix, file=manifest.place)
     fold_of: dict[str, int] = {}
     patient_M, image_M = manifest.text("patient_id", row_M), manifest.text("image_id", row_M)
     for patient, image, fold in zip(patient_M, image_M, fold_M.tolist(), strict=True):
         if fold_of.setdefault(patient, fold) != fold:
             thing = f"the patient of image {image} is in folds {fold_of[patient]} and {fold}"
             fix = "give all images of a patient the same fold and pack again, or give data.folds a number"
-            raise UserError(thing, fix=fix, file=manifest.directory)
+            raise UserError(thing, fix=fix, file=manifest.place)
     return fold_M

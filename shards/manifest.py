@@ -5,70 +5,36 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from shards import samples
-from shards.codecs import CODECS
 from shards.errors import UserError
 from shards.files import atomic_file, sha256_file
+from shards.header import FORMAT, REPACK, SCHEMA_VERSION, Header, ShardInfo, parse_header
+from shards.members import Places
+from shards.remote.folder import Remote, RemoteOptions, fetch_manifest, named_elsewhere
+from shards.remote.url import as_path
 from shards.types import SampleRecord
 
-SCHEMA_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 SAMPLES_NAME: Final = "samples.arrow"
 WORK_FOLDER: Final = ".packing"
-DTYPES: Final = ("uint8", "uint16")
-_FORMAT: Final = "msmil-shards"
 FEATURES_FORMAT: Final = "msmil-features"
-_REPACK: Final = "pack again into an empty folder, or copy the folder again from where it is whole"
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """One tar of the folder."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-    num_samples: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What manifest.json says beside the rows.
-
-    settings: what `pack` was asked for; samples: name, size, digest and number of rows of samples.arrow;
-    counts: images, exams, patients, positives, boxes per split; dropped and notes: what packing left out or mended.
-    """
-
-    schema_version: int
-    format: str
-    name: str
-    labels: list[str]
-    height_px: int
-    width_px: int
-    dtype: Literal["uint8", "uint16"]
-    codec: str
-    recipe: dict[str, Any]
-    fingerprint: str
-    settings: dict[str, Any]
-    samples: dict[str, Any]
-    counts: dict[str, Any]
-    dropped: list[dict[str, Any]]
-    notes: dict[str, int]
-    shards: list[dict[str, Any]]
 
 
 class Manifest:
     """A packed folder, opened. Rows are numbered 0..N-1 in the order of the shards.
 
     It pickles as the name of its folder and is mapped again where it is unpickled.
+
+    directory: where manifest.json and samples.arrow are mapped from, and where the tars lie unless `remote` says that
+    they lie elsewhere; then it is this machine's copy. place: the folder as people know it, a path or an address.
     """
 
     def __init__(
@@ -79,8 +45,11 @@ class Manifest:
         *,
         rows: Mapping[str, npt.NDArray[np.int64]] | None = None,
         fingerprint: str | None = None,
+        remote: Remote | None = None,
     ) -> None:
         self.directory = directory
+        self.remote = remote
+        self.place = str(directory) if remote is None else remote.url
         self.header = header
         self.labels = tuple(header.labels)
         self.height_px, self.width_px = header.height_px, header.width_px
@@ -100,7 +69,7 @@ class Manifest:
         return int(self._table.num_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.directory, self.header.fingerprint, self._rows, self.fingerprint)
+        return _reopen, (self.directory, self.header.fingerprint, self._rows, self.fingerprint, self.remote)
 
     @property
     def table(self) -> pa.Table:
@@ -122,7 +91,13 @@ class Manifest:
 
     def with_rows(self, rows: Mapping[str, npt.NDArray[np.int64]], *, fingerprint: str) -> Manifest:
         """The same folder with other rows in its splits, and the fingerprint of that choice."""
-        return Manifest(self.directory, self.header, self._table, rows=rows, fingerprint=fingerprint)
+        return Manifest(
+            self.directory, self.header, self._table, rows=rows, fingerprint=fingerprint, remote=self.remote
+        )
+
+    def with_tars(self, directory: Path) -> Manifest:
+        """The same folder, the tars of which lie in a folder of this machine."""
+        return Manifest(directory, self.header, self._table, rows=self._rows, fingerprint=self.fingerprint)
 
     def shard_N(self) -> npt.NDArray[np.int32]:  # noqa: N802
         """The shard of every row, an index of `shards`; read-only int32 [N]."""
@@ -130,7 +105,7 @@ class Manifest:
 
     def packed(self) -> Manifest:
         """The same folder with the splits that it was packed with: all that reading a row needs, and quick to send."""
-        return self if self._rows is None else Manifest(self.directory, self.header, self._table)
+        return self if self._rows is None else Manifest(self.directory, self.header, self._table, remote=self.remote)
 
     def label_NK(  # noqa: N802
         self, labels: Sequence[str], rows: npt.NDArray[np.integer[Any]] | None = None
@@ -143,7 +118,7 @@ class Manifest:
         for label in labels:
             if label not in self.labels:
                 fix = f"choose from {', '.join(self.labels)}"
-                raise UserError(f"no label {label!r}", fix=fix, file=self.directory / MANIFEST_NAME)
+                raise UserError(f"no label {label!r}", fix=fix, file=f"{self.place}/{MANIFEST_NAME}")
         columns = [samples.fixed(self._table, samples.LABEL_PREFIX + label) for label in labels]
         if rows is not None:
             columns = [column_N[rows] for column_N in columns]
@@ -172,27 +147,49 @@ class Manifest:
             self._sha256_N32[row].tobytes(),
         )
 
+    def places(self, row_M: npt.NDArray[np.int64]) -> Places:
+        """The same of many rows, as arrays."""
+        return Places(self._shard_N[row_M], self._offset_N[row_M], self._num_bytes_N[row_M], self._sha256_N32[row_M])
 
-def read_manifest(directory: str | Path) -> Manifest:
+
+def read_manifest(directory: str | Path, options: RemoteOptions | None = None) -> Manifest:
     """Open a packed folder. samples.arrow is hashed once here (0.2 s for a million rows), not in worker processes.
 
+    Args:
+        directory: a path, or an address of any kind that fsspec knows (https://..., s3://..., gs://...).
+        options: how an address is read.
+
     Raises:
-        UserError: manifest.json or samples.arrow is missing, unreadable, of another version, not ours, or changed.
+        UserError: manifest.json or samples.arrow is missing, unreadable, of another version, not ours, or changed; an
+            address cannot be reached.
     """
-    directory = Path(directory).absolute()
+    path = as_path(directory)
+    if path is not None:
+        return _read_manifest(path, None)
+    copy, remote = fetch_manifest(str(directory), options or RemoteOptions())
+    with named_elsewhere(copy, remote):
+        return _read_manifest(copy, remote)
+
+
+def _read_manifest(directory: Path, remote: Remote | None) -> Manifest:
     header = _read_header(directory)
     path = directory / SAMPLES_NAME
     with os_errors_for_users(path):
         if not path.is_file():
-            raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
+            raise UserError("missing, though manifest.json names it", fix=REPACK, file=path)
         expected = header.samples["sha256"]
         if path.stat().st_size != header.samples["num_bytes"] or sha256_file(path).hex() != expected:
-            raise UserError("changed since it was packed: its checksum is another", fix=_REPACK, file=path)
-    return _open(directory, header)
+            raise UserError("changed since it was packed: its checksum is another", fix=REPACK, file=path)
+    return _open(directory, header, remote)
 
 
-def folder_format(directory: Path) -> str | None:
-    """What manifest.json says a folder holds, in one word; None where it cannot be read."""
+def folder_format(directory: str | Path) -> str | None:
+    """What manifest.json says a folder holds, in one word; None where it cannot be read.
+
+    Raises:
+        UserError: an address cannot be reached.
+    """
+    directory = as_path(directory) or fetch_manifest(str(directory), RemoteOptions())[0]
     try:
         content = json.loads((directory / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError):
@@ -201,20 +198,23 @@ def folder_format(directory: Path) -> str | None:
 
 
 def check_shards(manifest: Manifest) -> None:
-    """See that every tar is there with its size; cheap, contents are not read.
+    """See that every tar is there with its size (of a web server's, the first and the last); contents are not read.
 
     Raises:
         UserError: a tar is missing, out of reach, or has another size.
     """
+    if manifest.remote is not None:
+        manifest.remote.check_shards(manifest.shards, REPACK)
+        return
     for shard in manifest.shards:
         path = manifest.directory / shard.name
         with os_errors_for_users(path):
             if not path.is_file():
-                raise UserError("missing, though manifest.json names it", fix=_REPACK, file=path)
+                raise UserError("missing, though manifest.json names it", fix=REPACK, file=path)
             size = path.stat().st_size
         if size != shard.num_bytes:
             what = "truncated" if size < shard.num_bytes else "longer than packed"
-            raise UserError(f"{what}: {size} bytes instead of {shard.num_bytes}", fix=_REPACK, file=path)
+            raise UserError(f"{what}: {size} bytes instead of {shard.num_bytes}", fix=REPACK, file=path)
 
 
 def write_manifest(directory: Path, table: pa.Table, fields: Mapping[str, Any]) -> Header:
@@ -235,32 +235,36 @@ def write_manifest(directory: Path, table: pa.Table, fields: Mapping[str, Any]) 
         "sha256": sha256_file(path).hex(),
         "num_samples": encoded.num_rows,
     }
-    header = Header(schema_version=SCHEMA_VERSION, format=_FORMAT, samples=described, **fields)
+    header = Header(schema_version=SCHEMA_VERSION, format=FORMAT, samples=described, **fields)
     with atomic_file(directory / MANIFEST_NAME) as file:
         file.write((json.dumps(asdict(header), indent=1) + "\n").encode())
     return header
 
 
 def _reopen(
-    directory: Path, packed: str, rows: Mapping[str, npt.NDArray[np.int64]] | None, fingerprint: str
+    directory: Path,
+    packed: str,
+    rows: Mapping[str, npt.NDArray[np.int64]] | None,
+    fingerprint: str,
+    remote: Remote | None,
 ) -> Manifest:
     """What unpickling calls: map again, without hashing, and see that it is still the same data."""
-    manifest = _open(directory, _read_header(directory))
+    manifest = _open(directory, _read_header(directory), remote)
     if manifest.fingerprint != packed:
         raise UserError("changed while it was in use", fix="start again", file=directory / MANIFEST_NAME)
     return manifest if rows is None else manifest.with_rows(rows, fingerprint=fingerprint)
 
 
-def _open(directory: Path, header: Header) -> Manifest:
+def _open(directory: Path, header: Header, remote: Remote | None) -> Manifest:
     path = directory / SAMPLES_NAME
     try:
         with pa.memory_map(str(path), "r") as source:
             table = pa.ipc.open_file(source).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"cannot be read ({error})", fix=_REPACK, file=path) from error
+        raise UserError(f"cannot be read ({error})", fix=REPACK, file=path) from error
     if not table.schema.equals(samples.schema(header.labels, encoded=True)) or table.num_rows == 0:
-        raise UserError("its columns are not those that manifest.json names", fix=_REPACK, file=path)
-    return Manifest(directory, header, table)
+        raise UserError("its columns are not those that manifest.json names", fix=REPACK, file=path)
+    return Manifest(directory, header, table, remote=remote)
 
 
 @contextmanager
@@ -283,33 +287,4 @@ def _read_header(directory: Path) -> Header:
             fix = "give the folder that `msmil pack` wrote (it holds manifest.json)"
             raise UserError("there is no manifest.json", fix=fix, file=directory)
         encoded = path.read_bytes()
-    try:
-        content = json.loads(encoded)
-    except ValueError as error:
-        raise UserError(f"is not JSON ({error})", fix=_REPACK, file=path) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        fix = "give the folder that `msmil pack` wrote"
-        raise UserError("is not a manifest of packed mammograms", fix=fix, file=path)
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        fix = f"pack again with this version of msmil, which reads version {SCHEMA_VERSION}"
-        raise UserError(f"is of schema version {version}", fix=fix, file=path)
-    try:
-        header = Header(**content)
-        _check_entries(header)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"has other fields than version {version} has ({error})", fix=_REPACK, file=path) from error
-    for field, value, known in (("codec", header.codec, CODECS), ("dtype", header.dtype, DTYPES)):
-        if value not in known:
-            thing = f"names the {field} {value!r}; known are {', '.join(known)}"
-            raise UserError(thing, fix=_REPACK, file=path)
-    return header
-
-
-def _check_entries(header: Header) -> None:
-    """TypeError or ValueError where an entry of `shards` or `samples` is not what this version writes."""
-    for shard in header.shards:
-        ShardInfo(**shard)
-    missing = {"name", "num_bytes", "sha256", "num_samples"} - dict(header.samples).keys()
-    if missing:
-        raise ValueError(f"samples lacks {', '.join(sorted(missing))}")
+    return parse_header(encoded, path)

@@ -1,16 +1,28 @@
-"""Payloads of tars: read by offset and checked against the digest that was written down with them."""
+"""Payloads of tars: read by offset and checked against the digest that was written down with them. M rows."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from shards.errors import UserError
+from shards.remote.coming import mean_bytes
+
+if TYPE_CHECKING:
+    from shards.header import ShardInfo
+    from shards.remote.ahead import Ahead
+    from shards.remote.coming import Coming
+    from shards.remote.folder import Remote
+    from shards.remote.members import RemoteMembers
 
 # Descriptors kept open; a batch reads from a few shards, and a folder may have more tars than a process may open.
 MAX_OPEN: Final = 64
@@ -25,28 +37,55 @@ class Place(NamedTuple):
     sha256: bytes
 
 
-class MemberReader:
+class Places(NamedTuple):
+    """Where payloads lie: arrays [M] of shard, offset and length in bytes, and digests [M, 32]."""
+
+    shard_M: npt.NDArray[np.integer[Any]]
+    offset_M: npt.NDArray[np.int64]
+    num_bytes_M: npt.NDArray[np.int64]
+    sha256_M32: npt.NDArray[np.uint8]
+
+
+class MemberReader(ABC):
     """Reads payloads from the tars of a folder; a context manager that closes its files.
 
     Files are opened when they are first needed and opened anew in a forked process.
 
     Args:
         directory: where the tars lie.
-        names: of the tars, by index.
+        shards: the tars, by index.
         made: what made them, for the message: "packed".
         fix: what to do about a broken tar.
+        remote: where the tars lie instead, if it is elsewhere; they are then read through its cache.
+        coming: rows that are going to be read, so that they be fetched before.
     """
 
-    def __init__(self, directory: Path, names: Sequence[str], *, made: str, fix: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shards: Sequence[ShardInfo],
+        *,
+        made: str,
+        fix: str,
+        remote: Remote | None = None,
+        coming: Coming | None = None,
+    ) -> None:
         self._directory = directory
-        self._names = names
+        self._shards = shards
         self._made = made
         self._fix = fix
+        self._remote = remote
+        self._coming = coming
+        self._members: RemoteMembers | None = None
+        self._ahead: Ahead | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._pid = os.getpid()
 
     def close(self) -> None:
-        """Close every file; reading opens them again."""
+        """Close every file; reading opens them again. Nothing is fetched ahead any more."""
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = self._members = None
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -58,12 +97,41 @@ class MemberReader:
     ) -> None:
         self.close()
 
+    def reach(self, batch: int) -> None:
+        """Say which of the coming batches is read now; those behind it are fetched meanwhile."""
+        if self._remote is None or self._coming is None:
+            return
+        if self._ahead is None:
+            from shards.remote.ahead import Ahead
+
+            sample_bytes = mean_bytes(self._shards)
+            self._ahead = Ahead(self._of_remote(self._remote), self._places, self._coming, sample_bytes)
+        self._ahead.reach(batch)
+
+    @property
+    def waits(self) -> int:
+        """How often a sample was not there when it was wanted, since its tar lies elsewhere."""
+        return 0 if self._members is None else self._members.waits
+
+    @abstractmethod
+    def _places(self, row_M: npt.NDArray[np.int64]) -> Places:
+        """Where the payloads of rows lie."""
+
+    def _of_remote(self, remote: Remote) -> RemoteMembers:
+        from shards.remote.members import RemoteMembers
+
+        if self._members is None:
+            self._members = RemoteMembers(remote, self._shards, self._error)
+        return self._members
+
     def _payload(self, place: Place, name: str) -> bytes:
         """The bytes at a place; `name` is what the errors call them.
 
         Raises:
             UserError: the tar is missing, unreadable, truncated or changed.
         """
+        if self._remote is not None:
+            return self._of_remote(self._remote).payload(place, name)
         data = self._read_bytes(place, name)
         if hashlib.sha256(data).digest() != place.sha256:
             thing = f"changed since it was {self._made}: the checksum of {name} is another"
@@ -71,7 +139,8 @@ class MemberReader:
         return data
 
     def _error(self, shard: int, thing: str, fix: str | None = None) -> UserError:
-        return UserError(thing, fix=fix or self._fix, file=self._directory / self._names[shard])
+        where = self._directory if self._remote is None else self._remote.url
+        return UserError(thing, fix=fix or self._fix, file=f"{where}/{self._shards[shard].name}")
 
     def _read_bytes(self, place: Place, name: str) -> bytes:
         shard, offset, num_bytes, _ = place
@@ -99,7 +168,7 @@ class MemberReader:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        descriptor = os.open(self._directory / self._names[shard], os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(self._directory / self._shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
         if len(self._files) >= MAX_OPEN:
             os.close(self._files.popitem(last=False)[1])
         self._files[shard] = descriptor

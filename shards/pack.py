@@ -15,12 +15,12 @@ import numpy as np
 from shards.codecs import Codec, encode
 from shards.errors import UserError
 from shards.files import free_bytes, human_bytes
+from shards.header import Header
 from shards.images import BrokenImageError, read_grey
 from shards.manifest import (
     MANIFEST_NAME,
     SAMPLES_NAME,
     WORK_FOLDER,
-    Header,
     check_shards,
     read_manifest,
 )

@@ -12,8 +12,9 @@ import pyarrow as pa
 from shards import samples
 from shards.errors import UserError
 from shards.fingerprint import fingerprint
+from shards.header import Header
 from shards.images import REASONS
-from shards.manifest import Header, write_manifest
+from shards.manifest import write_manifest
 from shards.pack_plan import PackPlan
 from shards.pack_report import count
 from shards.pack_shard import PIXELS_COLUMN, Job, PackedShard, read_sidecar, shard_name

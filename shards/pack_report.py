@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from shards import samples
 from shards.files import human_bytes
-from shards.manifest import Header
+from shards.header import Header
 from shards.tables import aligned
 from shards.types import SPLITS, UNKNOWN
 

@@ -10,6 +10,7 @@ been seen is therefore one number, the batches done, and a run resumes by arithm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -147,6 +148,12 @@ def rank_slice(batch_size: int, world: int, rank: int, accumulation: int) -> tup
         )
     starts = [(m * world + rank) * micro for m in range(accumulation)]
     return tuple(slice(start, start + micro) for start in starts)
+
+
+def rank_columns(batch_size: int, world: int, ranks: Sequence[int], accumulation: int) -> NDArray[np.int64]:
+    """Columns of a global batch that some ranks take, in order of ranks and micro-steps; errors as `rank_slice`."""
+    parts = [part for rank in ranks for part in rank_slice(batch_size, world, rank, accumulation)]
+    return np.concatenate([np.arange(part.start, part.stop) for part in parts])
 
 
 def worker_batches(num_batches: int, start: int, workers: int, worker: int) -> range:

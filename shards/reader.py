@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from shards.codecs import CODECS, Pixels, decode
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.members import MemberReader, Place
+from shards.members import MemberReader, Place, Places
+from shards.remote.coming import Coming
 
 
 class ShardReader(MemberReader):
     """Reads samples of a packed folder."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        directory = manifest.directory
+    def __init__(self, manifest: Manifest, coming: Coming | None = None) -> None:
         super().__init__(
-            directory,
-            [shard.name for shard in manifest.shards],
+            manifest.directory,
+            manifest.shards,
             made="packed",
-            fix=f"run `msmil verify {directory}` to see what is broken, then copy the folder or pack it again",
+            fix=f"run `msmil verify {manifest.place}` to see what is broken, then copy the folder or pack it again",
+            remote=manifest.remote,
+            coming=coming,
         )
         self.manifest = manifest
 
@@ -36,6 +41,9 @@ class ShardReader(MemberReader):
             return decode(data, codec, expect_hw=size, dtype=self.manifest.dtype, name=name)
         except UserError as error:
             raise self._error(place.shard, error.thing, error.fix) from error
+
+    def _places(self, row_M: npt.NDArray[np.int64]) -> Places:
+        return self.manifest.places(row_M)
 
     def _name(self, row: int) -> str:
         return f"sample {self.manifest.text('image_id', [row])[0]} (row {row})"

@@ -20,8 +20,9 @@ from shards.feature_codec import TYPES
 from shards.features import FeatureReader, Features
 from shards.manifest import Manifest
 from shards.order import GroupBy, Sampling, train_plan
-from shards.plan import LastBatch, rank_slice, worker_batches
+from shards.plan import LastBatch, rank_columns, worker_batches
 from shards.reader import ShardReader
+from shards.remote.coming import Coming, coming, elsewhere
 from shards.types import Batch
 from shards.workers import check_shared_memory, start_server, start_worker
 
@@ -46,6 +47,7 @@ def train_stream(
     group_by: GroupBy = "none",
     features: Features | None = None,
     on_error: Literal["stop", "skip"] = "stop",
+    node_ranks: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches of an epoch in order, `accumulation` for each global batch from `start_batch` on.
 
@@ -68,6 +70,7 @@ def train_stream(
         group_by: exam keeps the images of an exam in one global batch (shards.exams).
         features: what to read instead of images.
         on_error: a sample that cannot be read ends the stream, or is skipped (`Batch.skipped`).
+        node_ranks: the ranks of this machine (by default this one), whose samples are fetched together from elsewhere.
 
     Raises:
         UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
@@ -85,8 +88,7 @@ def train_stream(
         labels=labels,
     )
     assert 0 <= start_batch <= plan.num_batches
-    parts = rank_slice(batch_size, world, rank, accumulation)
-    columns = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    columns = rank_columns(batch_size, world, [rank], accumulation)
     share = _Share(
         manifest,
         labels=labels,
@@ -97,6 +99,9 @@ def train_stream(
         images=features is None,
         on_error=on_error,
     )
+    if elsewhere(manifest, features):
+        fetched = rank_columns(batch_size, world, node_ranks or [rank], accumulation)
+        share.expect(plan.rows_GB[start_batch:, fetched].reshape(-1), size=len(fetched))
     batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
     return _micro_batches(batches, len(columns) // accumulation)
 
@@ -129,6 +134,7 @@ def evaluation_stream(
         features=features,
         images=images,
     )
+    share.expect(share.row_M, size=batch_size)
     return _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
 
 
@@ -188,14 +194,24 @@ class _Share(IterableDataset[Batch | _Failure]):
         self.num_batches = -(-len(row_M) // size)
         image_bytes = manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize if images else 0
         self.num_bytes = size * (image_bytes + (0 if features is None else features.num_bytes))
+        self.coming: Coming | None = None
+
+    def expect(self, row_M: NDArray[np.int32], *, size: int) -> None:
+        """Fetch these rows, `size` to a batch, before they are used, where they lie elsewhere."""
+        self.coming = coming(row_M, size, self.manifest if self.images else None, self.features)
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         with ExitStack() as stack:
-            images = stack.enter_context(ShardReader(self.manifest)) if self.images else None
-            features = None if self.features is None else stack.enter_context(FeatureReader(self.features))
+            images = stack.enter_context(ShardReader(self.manifest, self.coming)) if self.images else None
+            features = None
+            if self.features is not None:
+                features = stack.enter_context(FeatureReader(self.features, self.coming))
             for g in worker_batches(self.num_batches, 0, workers, worker):
+                for reader in (images, features):
+                    if reader is not None:
+                        reader.reach(g)
                 try:
                     made: Batch | _Failure = self._batch(images, features, slice(g * self.size, (g + 1) * self.size))
                 except UserError as error:

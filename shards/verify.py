@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -14,11 +14,16 @@ from shards.codecs import EXTENSION
 from shards.errors import UserError
 from shards.files import sha256_file
 from shards.fingerprint import fingerprint, pixels_sha256
-from shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest
+from shards.header import ShardInfo
+from shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from shards.pack_report import count
 from shards.pack_shard import member_json
 from shards.pool import default_processes, run_tasks
 from shards.reader import ShardReader
+from shards.remote.whole import tars_here
+
+if TYPE_CHECKING:
+    from shards.features import Features
 
 _DIGEST_BYTES: Final = 32
 _SHOWN_PER_FILE: Final = 5
@@ -36,7 +41,7 @@ class Problem:
 class VerifyReport:
     """What was read and what is wrong; `str()` of it is the table for people."""
 
-    directory: Path
+    directory: str
     images: int
     shards: int
     problems: tuple[Problem, ...]
@@ -51,7 +56,7 @@ class VerifyReport:
         """The same for a script."""
         return {
             "ok": self.ok,
-            "directory": str(self.directory),
+            "directory": self.directory,
             "made": self.made,
             "images": self.images,
             "shards": self.shards,
@@ -94,7 +99,7 @@ def verify(directory: str | Path, *, processes: int | None = None, quiet: bool =
     counts in manifest.json, and that no tar lies there that manifest.json does not name.
 
     Args:
-        directory: what `pack` wrote.
+        directory: what `pack` wrote, or its address: tars are then downloaded one after the other, and removed.
         processes: how many at a time; by default one per core.
         quiet: show no progress.
 
@@ -117,16 +122,25 @@ def verify(directory: str | Path, *, processes: int | None = None, quiet: bool =
     problems = [problem for shard in checked for problem in shard.problems]
     if not problems and _fingerprint(manifest, b"".join(shard.pixels for shard in checked)) != manifest.fingerprint:
         problems.append(Problem(MANIFEST_NAME, "its fingerprint is not that of the images, labels and splits"))
-    problems += [*_check_counts(manifest), *check_foreign_tars(manifest.directory, manifest.shards)]
+    problems += [*_check_counts(manifest), *check_foreign_tars(manifest)]
     return VerifyReport(
-        directory=manifest.directory, images=len(manifest), shards=len(manifest.shards), problems=tuple(problems)
+        directory=manifest.place, images=len(manifest), shards=len(manifest.shards), problems=tuple(problems)
     )
 
 
 def _check_shard(task: _Task, tick: Callable[[], object]) -> _Checked:
-    manifest, info = task.manifest, task.manifest.shards[task.shard]
+    info = task.manifest.shards[task.shard]
+    try:
+        with tars_here(task.manifest, task.shard) as manifest:
+            return _check_shard_here(manifest, task.shard, tick)
+    except UserError as error:  # it cannot be downloaded
+        return _Checked([Problem(info.name, error.thing)], b"")
+
+
+def _check_shard_here(manifest: Manifest, shard: int, tick: Callable[[], object]) -> _Checked:
+    info = manifest.shards[shard]
     path = manifest.directory / info.name
-    row_S = np.flatnonzero(manifest.shard_N() == task.shard)
+    row_S = np.flatnonzero(manifest.shard_N() == shard)
     try:
         if not path.is_file():
             return _Checked([Problem(info.name, "missing")], b"")
@@ -199,13 +213,19 @@ def _leaves(counts: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{name} {key}".strip())
 
 
-def check_foreign_tars(directory: Path, shards: Sequence[ShardInfo]) -> list[Problem]:
-    """Tars that a loader with a wildcard would read, though they are not part of what was written."""
-    named = {shard.name for shard in shards}
-    try:
-        present = sorted(path.name for path in directory.iterdir() if path.suffix == ".tar")
-    except OSError as error:
-        return [Problem(".", f"the folder cannot be listed ({error.strerror})")]
+def check_foreign_tars(folder: Manifest | Features) -> list[Problem]:
+    """Tars that a loader with a wildcard would read, though they are not part of what was written.
+
+    A web server cannot be asked for them.
+    """
+    named = {shard.name for shard in folder.shards}
+    if folder.remote is not None:
+        present = sorted(name for name in folder.remote.store().sizes() or {} if name.endswith(".tar"))
+    else:
+        try:
+            present = sorted(path.name for path in folder.directory.iterdir() if path.suffix == ".tar")
+        except OSError as error:
+            return [Problem(".", f"the folder cannot be listed ({error.strerror})")]
     return [Problem(name, "is not named by manifest.json") for name in present if name not in named]
 
 

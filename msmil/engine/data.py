@@ -12,6 +12,7 @@ from shards.folds import with_fold
 from shards.manifest import Manifest, check_shards, read_manifest
 from shards.order import train_plan
 from shards.plan import EpochPlan
+from shards.remote.folder import RemoteOptions
 from shards.subset import with_fraction
 
 
@@ -22,11 +23,13 @@ def open_data(config: Config) -> Manifest:
     Raises:
         UserError: as read_manifest, check_shards and with_fold; a label that the manifest does not have.
     """
-    manifest = read_manifest(config.data.shards)
+    manifest = read_manifest(config.data.shards, remote_options(config))
     for label in config.data.labels:
         if label not in manifest.labels:
             fix = f"choose from {', '.join(manifest.labels)}"
-            raise UserError(f"data.labels names {label!r}, which is not packed", file=manifest.directory, fix=fix)
+            raise UserError(f"data.labels names {label!r}, which is not packed", file=manifest.place, fix=fix)
+    if manifest.remote is not None:
+        manifest.remote.check_disk()
     data = config.data
     if data.on_error == "stop":
         check_shards(manifest)  # otherwise what is broken is met, and counted, where it is read
@@ -71,6 +74,17 @@ def describe_epoch(plan: EpochPlan, labels: Sequence[str]) -> str:
     return text
 
 
+def remote_options(config: Config) -> RemoteOptions:
+    """How a configuration reads folders that lie elsewhere."""
+    data = config.data
+    return RemoteOptions(
+        cache_dir=data.cache_dir,
+        cache_gb=data.cache_gb,
+        timeout_s=data.request_timeout_s,
+        retries=data.request_retries,
+    )
+
+
 def check_trained_on(checkpoint: Path, state: TrainState, manifest: Manifest) -> None:
     """Refuse to go on with other images than those a checkpoint was trained on.
 
@@ -79,6 +93,6 @@ def check_trained_on(checkpoint: Path, state: TrainState, manifest: Manifest) ->
     """
     before, now = state.data_fingerprint, manifest.fingerprint
     if before != now:
-        thing = f"was trained on data with fingerprint {before[:12]}, {manifest.directory} has {now[:12]}"
+        thing = f"was trained on data with fingerprint {before[:12]}, {manifest.place} has {now[:12]}"
         fix = "give the shards it was trained on; to train on others choose another name, to judge others use --shards"
         raise UserError(thing, file=checkpoint, fix=fix)

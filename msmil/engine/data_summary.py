@@ -16,6 +16,7 @@ def describe_data(manifest: Manifest, labels: Sequence[str]) -> dict[str, Any]:
     """Name, images, recipe and fingerprints of the data, and the counts of each split as this run divides them.
 
     The fingerprint is that of the images and their splits, the packed one that of the folder, whatever fold is used.
+    The address is there where they were read from elsewhere.
 
     Args:
         manifest: of the data, with the run's fold in place.
@@ -25,6 +26,7 @@ def describe_data(manifest: Manifest, labels: Sequence[str]) -> dict[str, Any]:
     parts: dict[str, pa.Table] = {split: manifest.table.take(pa.array(manifest.rows(split))) for split in SPLITS}
     return {
         "name": header.name,
+        **({} if manifest.remote is None else {"address": manifest.place}),
         "fingerprint": manifest.fingerprint,
         "packed_fingerprint": header.fingerprint,
         "height_px": header.height_px,

@@ -65,6 +65,8 @@ def evaluate(
     open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
     found = find_checkpoint(folder, checkpoint, other_data=other_data)
     evaluation = open_evaluation(config, folder, runtime, found, other_data=other_data)
+    if evaluation.pipeline.manifest.remote is not None:
+        log.info("images: %s", evaluation.pipeline.manifest.remote)
     pipeline, scales = evaluation.pipeline, evaluation.network.scales
     predictions: dict[str, list[Prediction]] = {
         name: _predict(evaluation, name) for name in dict.fromkeys(("val", split))
@@ -189,7 +191,7 @@ def _predict(evaluation: Evaluation, split: str) -> list[Prediction]:
     rows = evaluation.pipeline.manifest.rows(split)
     if len(rows) == 0:
         fix = "choose another split, or pack again with images in it"
-        raise UserError(f"split {split} has no images", file=evaluation.pipeline.manifest.directory, fix=fix)
+        raise UserError(f"split {split} has no images", file=evaluation.pipeline.manifest.place, fix=fix)
     return predict(evaluation.pipeline, evaluation.network, evaluation.network.scales, rows)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from msmil.config import BagConfig, Config, ModelConfig
+from msmil.engine.data import remote_options
 from msmil.models.mil import MILModel
 from shards.errors import UserError
 from shards.features import Features, read_features
@@ -52,7 +53,7 @@ def open_features(config: Config, manifest: Manifest) -> Features | None:
     """
     if not config.data.features:
         return None
-    features = read_features(config.data.features)
+    features = read_features(config.data.features, remote_options(config))
     header = features.header
     before, now = header.data["fingerprint"], manifest.header.fingerprint
     if before != now:
@@ -103,4 +104,4 @@ def _compare(features: Features, section: str, before: Mapping[str, Any], now: M
 
 
 def _refusal(features: Features, thing: str, fix: str) -> UserError:
-    return UserError(f"holds {thing}", fix=fix, file=features.directory / MANIFEST_NAME)
+    return UserError(f"holds {thing}", fix=fix, file=f"{features.where}/{MANIFEST_NAME}")

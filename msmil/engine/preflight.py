@@ -59,7 +59,7 @@ def check_splits(config: Config, manifest: Manifest) -> None:
     first_epoch(config, manifest)
     if len(manifest.rows("val")) == 0:
         fix = "pack again with --validation-fraction or --validation-fold"
-        raise UserError("there are no validation images", file=manifest.directory, fix=fix)
+        raise UserError("there are no validation images", file=manifest.place, fix=fix)
 
 
 def _check_space(config: Config, folder: RunFolder, parameter_bytes: int) -> None:

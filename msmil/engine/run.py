@@ -72,6 +72,8 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     runtime.on_main(make_folder)
     runtime.tell_hangs_to(folder.log)
     open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
+    if pipeline.manifest.remote is not None:
+        log.info("images: %s", pipeline.manifest.remote)
     schedule = make_schedule(pipeline)
     checkpoint = newest_checkpoint(folder, runtime)
     network = make_network(pipeline, pretrained=checkpoint is None)

@@ -31,7 +31,7 @@ COMMAND_VARIABLE = "MSMIL_COMMAND"  # what the user typed, handed down to the ra
 # Options that move no weight. The data are held by their fingerprint, not by their path.
 MOVES_NOTHING: tuple[str, ...] = (
     "name", "output_dir", "data.shards", "data.workers", "data.prefetch_batches",
-    "train.timeout_s", "checkpoint.", "evaluate.", "tracking.",
+    "data.cache_", "data.request_", "train.timeout_s", "checkpoint.", "evaluate.", "tracking.",
 )  # fmt: skip
 # What a resumed run may change: those, the learning rate, and how the same steps are computed.
 MAY_CHANGE: tuple[str, ...] = (

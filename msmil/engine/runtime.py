@@ -29,6 +29,7 @@ class Runtime:
 
     Attributes:
         rank, world: which process this is, of how many.
+        node_ranks: the ranks of this machine.
         device: where tensors go.
         is_main: rank 0, which alone writes files and logs.
         quiet: no progress and no information on the terminal; files are the same.
@@ -54,6 +55,8 @@ class Runtime:
         self._watchdog: Watchdog | None = None
         if self.world > 1:
             self._watchdog = Watchdog(self.rank, self.world, connect_to_launcher, timeout_s=config.timeout_s)
+        hosts = self.gather(socket.gethostname())
+        self.node_ranks = tuple(rank for rank, host in enumerate(hosts) if host == hosts[self.rank])
         self._autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
     @property

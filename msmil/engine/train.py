@@ -183,6 +183,7 @@ def micro_batches(pipeline: Pipeline, epoch: int, *, start_batch: int) -> Iterat
             pin_memory=runtime.device.type == "cuda",
             features=pipeline.features,
             on_error=config.data.on_error,
+            node_ranks=runtime.node_ranks,
         )
     )
     return on_device(stream, runtime.device)

@@ -29,11 +29,12 @@ import yaml
 from launch import cli, demo
 from msmil.config_io import dump_config, load_config
 from tests.archives import GroupedArchive, make_grouped_archive, write_csv
-from tests.benchmarks import memory, variants
+from tests.benchmarks import manifest, memory, streaming, variants
 from tests.docs.alone import alone
 from tests.docs.pages import ROOT
 from tests.experiments import TINY
 from tests.msmil.models.published.test_convert import head_only, mammoclip
+from tests.servers import serving
 from tests.test_experiments import NAMES, shrunk
 from tests.worlds import environment, run, wait_for
 
@@ -226,6 +227,23 @@ def watched(line: str) -> None:
             process.kill()
 
 
+def from_a_server(line: str) -> None:
+    """From a web server in place of the cloud; tests/shards/remote/test_s3.py reads from S3."""
+    address = "s3://bucket/vindr/shards"
+    assert address in line
+    assert "data.cache_gb=200" in line
+    with serving(Path("data/vindr/shards")) as server:
+        cache = f"data.cache_gb=0.1 data.cache_dir={Path('cache').absolute()}"
+        plain(line.replace(address, server.url).replace("data.cache_gb=200", cache))
+
+
+def small_benchmark(line: str) -> None:
+    """A thousand images instead of a million; eight small ones instead of eighty."""
+    program = {"manifest": manifest, "streaming": streaming}[line.rpartition(".")[2]]
+    small = "--exams 2 --height 64 --width 48 --batch-size 2 --workers 0 --step-s 0 --latency-s 0"
+    program.main(["--rows", "1000"] if program is manifest else small.split())
+
+
 def parsed_alone(line: str) -> None:
     """It looks at the machine for half a minute; tests of its own run it."""
     assert callable(cli.parse(shlex.split(line)[1:]).run)
@@ -267,6 +285,8 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"python docs/figures/maps.py .*", figure),
     (r"python -m tests.benchmarks.memory", cheapest_row),
     (r"python -m tests.benchmarks.variants .*", small_variants),
+    (r"python -m tests.benchmarks.(manifest|streaming)", small_benchmark),
+    (r"msmil train .* data.shards=s3://.*", from_a_server),
     (r"msmil phantom .*", small_phantoms),
     (r"msmil pack .* --recipe mammoclip", small_recipe),
     (r"msmil repeat .*", one_repetition),

@@ -20,6 +20,7 @@ from msmil.engine.pipeline import Pipeline, build_network, open_pipeline, with_e
 from msmil.engine.preemption import StopRequest
 from msmil.engine.run import make_loss, make_network, make_schedule
 from msmil.engine.runtime import Runtime
+from msmil.engine.saving import Saver
 from msmil.engine.step import Stepper
 from msmil.engine.tracking import PhaseTimer
 from msmil.engine.train import blocks_of_epoch
@@ -136,6 +137,7 @@ def make_stepper(pipeline: Pipeline) -> Stepper:
         moments={},
         loss_scale=None,
         request=StopRequest(),
+        saver=Saver(every_minutes=0),
     )
 
 

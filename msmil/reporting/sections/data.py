@@ -79,6 +79,8 @@ def _facts(data: Mapping[str, Any]) -> Markup:
         told.append(f"Packing recipe: {recipe}" + ("." if version is None else f", version {version}."))
     name, fingerprint = text_at(data, "name"), text_at(data, "fingerprint")
     told.append(f"Data set: {name or 'unnamed'}, fingerprint {fingerprint[:12] or 'unknown'}.")
+    if address := text_at(data, "address"):
+        told.append(f"Read from {address}.")
     left_out = [f"{at(one, 'count')} images ({at(one, 'reason')})" for one in list_at(data, "left_out")]
     if left_out:
         told.append(f"Left out while packing: {', '.join(left_out)}.")
