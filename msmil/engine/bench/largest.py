@@ -17,9 +17,14 @@ _ROOM = 0.9
 
 @dataclass(frozen=True)
 class Largest:
-    """images: of a micro-batch; tried: it was stepped, and one larger by `grain` ran out of memory (0: more were not
-    tried); else it is what the available memory divided by the memory per image gives. per_image_bytes: then. failed: what the last size
-    that did not fit died of, where that was not memory (libraries count elements in 32 bits)."""
+    """What was found, for one rank and micro-step.
+
+    images: of the batch.
+    tried: it was stepped, and one larger by `grain` did not fit (grain 0: more were not tried). Else it is what the
+        available memory gives when it is divided by the memory per image.
+    per_image_bytes: that memory, where it was measured.
+    failed: what the last size that did not fit died of, where it was not memory (libraries count in 32 bits).
+    """
 
     images: int
     tried: bool
