@@ -44,7 +44,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     steps = "steps of a loop and rounds of a comparison (default: 20 on a GPU, 3 on a CPU)"
     add("--steps", type=at_least_one, metavar="N", help=steps)
     add("--find-batch", action="store_true", help="find the largest batch: GPU by trying, CPU by memory per image")
-    modes = "compare precision, memory format and compilation: each alone and all together, or every combination"
+    modes = "compare precision, memory format, compilation: each alone and all together, or all (default: neither)"
     add("--modes", choices=("each", "all"), help=modes)
     add_json(parser, "all numbers")
     add_overrides(parser)
@@ -64,7 +64,7 @@ def _add_loader(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_synthetic(parser: argparse.ArgumentParser) -> None:
-    size = "measure on drawn images of this size instead of those of data.shards, for example 1520x912"
+    size = "measure on drawn images of this size instead of those of data.shards, for example 1520x912 (default: none)"
     parser.add_argument("--synthetic", type=image_size, metavar="HxW", help=size)
 
 

@@ -64,9 +64,17 @@ def command_page() -> str:
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The commands of `msmil` by name."""
-    (found,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return dict(found.choices)
+    """The commands of `msmil` by name, those below another one (`bench train`) behind it."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for name, command in _choices(parser).items():
+        found[name] = command
+        found |= {f"{name} {part}": below for part, below in _choices(command).items()}
+    return found
+
+
+def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return {name: choice for action in actions for name, choice in action.choices.items()}
 
 
 def _table(options: list[Option]) -> list[str]:

@@ -34,6 +34,7 @@ from tests.docs.alone import alone
 from tests.docs.pages import ROOT
 from tests.experiments import TINY
 from tests.msmil.models.published.test_convert import head_only, mammoclip
+from tests.runs import reset
 from tests.servers import serving
 from tests.test_experiments import NAMES, shrunk
 from tests.worlds import environment, run, wait_for
@@ -263,6 +264,13 @@ def small_variants(line: str) -> None:
     variants.main([*small, "--only", "mass_nested"])
 
 
+def short_bench(line: str) -> None:
+    """One round, after which accelerate forgets the device and the precision."""
+    reset()
+    plain(f"{line} --steps 1" if line.startswith("msmil bench train") else f"{line} --images 8 --rounds 1")
+    reset()
+
+
 def figure(line: str) -> None:
     """Drawn into this folder."""
     _, script, *arguments = shlex.split(line)
@@ -294,6 +302,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"msmil bench scaling .*", small_scaling),
     (r"msmil watch .*", watched),
     (r"msmil doctor.*", parsed_alone),
+    (r"msmil bench (train|loader) .*", short_bench),
     (r"msmil (pack|verify|train|extract|convert|evaluate|export|report|runs) ?.*", plain),
 )
 

@@ -45,7 +45,7 @@ def _backward(
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, *, rounds: int = 5) -> float:
-    """The most operations per second of square products, with as many threads as everything else here; wall time.
+    """The most operations per second of square products, by the clock that steps are compared by (`Seconds.work`).
 
     Sizes double until a product takes long enough on a CPU, or up to 8192 on a GPU; the fastest counts.
     """
@@ -60,7 +60,7 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, *, rounds: int 
                 a @ b  # noqa: B023 - called at once
 
         multiply()
-        shortest_s = min(seconds(multiply, device).wall for _ in range(rounds))
+        shortest_s = min(seconds(multiply, device).work for _ in range(rounds))
         best = max(best, times * 2 * math.pow(side, 3) / shortest_s)
         if device.type == "cpu" and shortest_s > _LONGEST_S:
             break

@@ -17,13 +17,20 @@ _ROOM = 0.9
 
 @dataclass(frozen=True)
 class Largest:
-    """images: of a micro-batch; tried: it was stepped, and one larger by `grain` ran out of memory (0: more were not
-    tried); else it is what the available memory divided by the memory per image gives. per_image_bytes: then."""
+    """What was found, for one rank and micro-step.
+
+    images: of the batch.
+    tried: it was stepped, and one larger by `grain` did not fit (grain 0: more were not tried). Else it is what the
+        available memory gives when it is divided by the memory per image.
+    per_image_bytes: that memory, where it was measured.
+    failed: what the last size that did not fit died of, where it was not memory (libraries count in 32 bits).
+    """
 
     images: int
     tried: bool
     grain: int = 0
     per_image_bytes: int | None = None
+    failed: str | None = None
 
 
 def largest_batch(step: Callable[[int], None], device: torch.device, *, most: int = _MOST) -> Largest:
@@ -37,30 +44,28 @@ def largest_batch(step: Callable[[int], None], device: torch.device, *, most: in
 
 def _by_trying(step: Callable[[int], None], most: int) -> Largest:
     fits, fails = 0, most + 1
+    failed: str | None = None
     tries = 1
     while fails - fits > max(1, fits // 16):
-        if _fits(step, tries):
-            fits = tries
+        try:
+            step(tries)
+        except OutOfMemory:
+            fails, failed = tries, None
+        except RuntimeError as error:
+            fails, failed = tries, str(error).splitlines()[0]
         else:
-            fails = tries
+            fits = tries
+        _free()  # behind the handlers, which held the frames of the step and all that they hold
         tries = min(2 * fits, most) if fails > most else (fits + fails) // 2
         if tries <= fits:
             break
-    return Largest(fits, tried=True, grain=0 if fails > most else fails - fits)
+    return Largest(fits, tried=True, grain=0 if fails > most else fails - fits, failed=failed)
 
 
-def _fits(step: Callable[[int], None], images: int) -> bool:
-    try:
-        step(images)
-    except OutOfMemory:
-        fits = False
-    else:
-        fits = True
-    # behind the handler, which held the frames of the step and all that they hold
+def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return fits
 
 
 def _by_measuring(step: Callable[[int], None], device: torch.device, most: int) -> Largest:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from msmil.engine.bench.clock import seconds
+from msmil.engine.bench.clock import Seconds, seconds
 from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline
 from msmil.engine.preemption import StopRequest
@@ -20,6 +22,7 @@ from msmil.engine.saving import Saver
 from msmil.engine.step import Stepper
 from msmil.engine.tracking import PHASES, PhaseTimer
 from msmil.engine.train import blocks_of_epoch, micro_batches
+from shards.stream import evaluation_stream
 from shards.types import Batch
 
 
@@ -59,15 +62,15 @@ class OurStep:
                 found[name].append(value)
         return {name: median(values) for name, values in found.items()}
 
-    def images_per_s(self, stream: Iterator[Batch], steps: int) -> float:
-        """Of the loop as it trains: nothing is waited for that need not be; wall time."""
+    def loop(self, stream: Iterator[Batch], steps: int) -> Seconds:
+        """Seconds per image of the loop as it trains: nothing is waited for that need not be."""
 
         def loop() -> None:
             for _ in range(steps):
                 self._do(stream, exact=False)
 
-        wall_s = seconds(loop, self._pipeline.runtime.device).wall
-        return steps * self._pipeline.config.train.batch_size / wall_s
+        took, images = seconds(loop, self._pipeline.runtime.device), steps * self._pipeline.config.train.batch_size
+        return Seconds(took.wall / images, took.work / images)
 
     def _do(self, batches: Iterator[Batch], *, exact: bool) -> None:
         self._timer.start(exact=exact)
@@ -78,6 +81,34 @@ def endless(pipeline: Pipeline) -> Iterator[Batch]:
     """Micro-batches of one epoch after the other, as training reads them."""
     for epoch in itertools.count():
         yield from micro_batches(pipeline, epoch, start_batch=0)
+
+
+def host_batch(pipeline: Pipeline, images: int) -> Batch:
+    """So many training images in the host's memory, again from the first where there are not enough."""
+    rows = pipeline.manifest.rows("train")[:images]
+    (batch,) = evaluation_stream(
+        pipeline.manifest,
+        labels=pipeline.labels,
+        rows=rows,
+        batch_size=len(rows),
+        workers=0,
+        prefetch_batches=1,
+        pin_memory=False,
+    )
+    place_B = np.arange(images) % len(rows)
+
+    def repeated(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(tensor.numpy()[place_B])  # numpy's indexing knows uint16
+
+    assert batch.image_B1HW is not None
+    batch = replace(
+        batch,
+        image_B1HW=repeated(batch.image_B1HW),
+        label_BK=repeated(batch.label_BK),
+        weight_B=repeated(batch.weight_B),
+        sample_B=repeated(batch.sample_B),
+    )
+    return batch.pin_memory() if pipeline.runtime.device.type == "cuda" else batch
 
 
 @torch.no_grad()

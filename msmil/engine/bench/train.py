@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from msmil.config import Config
@@ -15,7 +14,7 @@ from msmil.engine.bench.arithmetic import DTYPES, count_flops, matmul_flops_per_
 from msmil.engine.bench.clock import clock_name, in_turn, peak_of
 from msmil.engine.bench.images import packed_for
 from msmil.engine.bench.largest import largest_batch
-from msmil.engine.bench.ours import OurStep, calibrate, endless
+from msmil.engine.bench.ours import OurStep, calibrate, endless, host_batch
 from msmil.engine.bench.plain import (
     Mode,
     PlainStep,
@@ -32,9 +31,7 @@ from msmil.engine.pipeline import Pipeline, open_pipeline
 from msmil.engine.runtime import Runtime, gpu_in_use
 from shards.errors import UserError
 from shards.files import human_bytes
-from shards.stream import evaluation_stream
 from shards.tables import aligned
-from shards.types import Batch
 
 Say = Callable[[str], None]
 _MOST_IMAGES: Final = 1024
@@ -95,12 +92,12 @@ class _Bench:
         assert options.steps is not None
         self.steps = options.steps
         micro = self.config.train.batch_size // self.config.train.accumulation
-        self.batches = [_batch(pipeline, micro)] * self.config.train.accumulation
+        self.batches = [host_batch(pipeline, micro)] * self.config.train.accumulation
         self.found: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         """All parts, in order."""
-        ours = OurStep(self.pipeline, _batch(self.pipeline, 1))
+        ours = OurStep(self.pipeline, host_batch(self.pipeline, 1))
         self._head(ours)
         self._split(ours)
         published = self._plain(published_way(self.config))
@@ -138,15 +135,18 @@ class _Bench:
         ours.phases(stream, 1 if self.device.type == "cpu" else _WARM_STEPS)
         peak = peak_of(lambda: ours.phases(stream, 1), self.device)
         phases = ours.phases(stream, self.steps)
-        speed = ours.images_per_s(stream, self.steps)
+        loop = ours.loop(stream, self.steps)
+        speed = 1 / loop.wall
         flops = self._flops_per_image()
         rate = _matmul(self.config.train.precision, self.device)
+        share = flops / loop.work / rate
         self.found |= {
             "seconds": phases,
             "images_per_s": speed,
             "flop_per_image": flops,
+            "flop_per_s": flops / loop.work,
             "matmul_flop_per_s": rate,
-            "share_of_matmul": flops * speed / rate,
+            "share_of_matmul": share,
             "peak_bytes": peak,
         }
         whole = phases["step"]
@@ -156,14 +156,14 @@ class _Bench:
         self._table(rows)
         self.say(
             f"speed: {speed:.2f} images/s\n"
-            f"arithmetic: {flops / 1e9:.0f} GFLOP per image, {flops * speed / 1e12:.3f} TFLOP/s: "
-            f"{flops * speed / rate:.0%} of a matrix product's {rate / 1e12:.3f} TFLOP/s in {self._precision()}\n"
+            f"arithmetic: {flops / 1e9:.0f} GFLOP per image, {flops / loop.work / 1e12:.3f} TFLOP per second of "
+            f"{clock_name(self.device)}: {share:.0%} of a matrix product's {rate / 1e12:.3f} in {self._precision()}\n"
             f"peak memory: {human_bytes(peak)}{'' if self.device.type == 'cuda' else ', all of the process'}"
         )
 
     def _flops_per_image(self) -> int:
         eager = replace(self.config, train=replace(self.config.train, compile=False))
-        step, one = self._plain(eager), _batch(self.pipeline, 1)
+        step, one = self._plain(eager), host_batch(self.pipeline, 1)
         return count_flops(lambda: step.loss(one).backward())
 
     def _compare(self, ours: OurStep, published: PlainStep) -> None:
@@ -219,18 +219,19 @@ class _Bench:
 
     def _largest(self, ours: OurStep) -> None:
         parts = self.config.train.accumulation
-        found = largest_batch(lambda images: ours([_batch(self.pipeline, images)] * parts), self.device)
+        found = largest_batch(lambda images: ours([host_batch(self.pipeline, images)] * parts), self.device)
         self.found["largest_batch"] = asdict(found)
         if found.per_image_bytes is not None:
             how = f"not tried: measured {human_bytes(found.per_image_bytes)} per image, in the memory that is available"
         else:
-            how = f"tried; {found.images + found.grain} do not fit" if found.grain else "tried; more were not"
+            why = "" if found.failed is None else f": {found.failed}"
+            how = f"tried; {found.images + found.grain} do not fit{why}" if found.grain else "tried; more were not"
         self.say(f"\nLargest batch of one rank and micro-step: {found.images} images ({how})")
 
     def _plain(self, config: Config) -> PlainStep:
         pipeline = pipeline_of(self.pipeline, config)
         step = PlainStep(pipeline)
-        calibrate(pipeline, step.network, _batch(pipeline, 1))
+        calibrate(pipeline, step.network, host_batch(pipeline, 1))
         return step
 
     def _timed(self, actions: dict[str, Callable[[], None]]) -> list[dict[str, Any]]:
@@ -269,34 +270,6 @@ def mode_of(config: Config) -> Mode:
 
 def _words(config: Config) -> str:
     return f"{mode_of(config)}, {config.model.in_channels} channel(s), {config.bags.instances}"
-
-
-def _batch(pipeline: Pipeline, images: int) -> Batch:
-    """So many training images in the host's memory, again from the first where there are not enough."""
-    rows = pipeline.manifest.rows("train")[:images]
-    (batch,) = evaluation_stream(
-        pipeline.manifest,
-        labels=pipeline.labels,
-        rows=rows,
-        batch_size=len(rows),
-        workers=0,
-        prefetch_batches=1,
-        pin_memory=False,
-    )
-    place_B = np.arange(images) % len(rows)
-
-    def repeated(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(tensor.numpy()[place_B])  # numpy's indexing knows uint16
-
-    assert batch.image_B1HW is not None
-    batch = replace(
-        batch,
-        image_B1HW=repeated(batch.image_B1HW),
-        label_BK=repeated(batch.label_BK),
-        weight_B=repeated(batch.weight_B),
-        sample_B=repeated(batch.sample_B),
-    )
-    return batch.pin_memory() if pipeline.runtime.device.type == "cuda" else batch
 
 
 def _matmul(precision: str, device: torch.device) -> float:
