@@ -29,7 +29,7 @@ import yaml
 from launch import cli, demo
 from msmil.config_io import dump_config, load_config
 from tests.archives import GroupedArchive, make_grouped_archive, write_csv
-from tests.benchmarks import memory
+from tests.benchmarks import memory, variants
 from tests.docs.alone import alone
 from tests.docs.pages import ROOT
 from tests.experiments import TINY
@@ -226,6 +226,13 @@ def cheapest_row(line: str) -> None:
     memory.main(["--only", "stored features", "--images", "1"])
 
 
+def small_variants(line: str) -> None:
+    """Two variants on small images; their networks at full size are built in tests/benchmarks/test_variants.py."""
+    assert line == "python -m tests.benchmarks.variants --rounds 3"
+    small = ["--height", "128", "--width", "128", "--rounds", "1", "--backbone", "test_efficientnet"]
+    variants.main([*small, "--only", "mass_nested"])
+
+
 def figure(line: str) -> None:
     """Drawn into this folder."""
     _, script, *arguments = shlex.split(line)
@@ -247,6 +254,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"(export MASTER_ADDR|srun) ?.*", on_a_stand_in_for_slurm),
     (r"python docs/figures/maps.py .*", figure),
     (r"python -m tests.benchmarks.memory", cheapest_row),
+    (r"python -m tests.benchmarks.variants .*", small_variants),
     (r"msmil phantom .*", small_phantoms),
     (r"msmil pack .* --recipe mammoclip", small_recipe),
     (r"msmil repeat .*", one_repetition),
