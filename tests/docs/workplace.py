@@ -233,6 +233,12 @@ def small_variants(line: str) -> None:
     variants.main([*small, "--only", "mass_nested"])
 
 
+def order_alone(line: str) -> None:
+    """It starts processes that import torch; tests/benchmarks/test_order.py runs it on fewer images."""
+    assert line == "python -m tests.benchmarks.order"
+    assert (ROOT / "tests" / "benchmarks" / "test_order.py").is_file()
+
+
 def figure(line: str) -> None:
     """Drawn into this folder."""
     _, script, *arguments = shlex.split(line)
@@ -255,6 +261,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"python docs/figures/maps.py .*", figure),
     (r"python -m tests.benchmarks.memory", cheapest_row),
     (r"python -m tests.benchmarks.variants .*", small_variants),
+    (r"python -m tests.benchmarks.order", order_alone),
     (r"msmil phantom .*", small_phantoms),
     (r"msmil pack .* --recipe mammoclip", small_recipe),
     (r"msmil repeat .*", one_repetition),
