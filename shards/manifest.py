@@ -133,11 +133,6 @@ class Manifest:
         texts: list[str] = taken.cast(pa.string()).to_pylist()
         return texts
 
-    def code_N(self, column: str) -> npt.NDArray[np.int32]:  # noqa: N802
-        """A column of texts as numbers, equal for equal texts: no Python object per row; int32 [N]."""
-        assert column in samples.TEXT_COLUMNS, column
-        return samples.coded(self._table, column)
-
     def location(self, row: int) -> tuple[int, int, int, bytes]:
         """Shard, offset in bytes, length in bytes and SHA-256 of a row's image payload."""
         return (

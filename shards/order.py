@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from shards.balance import label_classes
 from shards.manifest import Manifest
 from shards.plan import EpochPlan, LastBatch
+from shards.samples import coded
 
 Sampling: TypeAlias = Literal["uniform", "class_balanced"]
 GroupBy: TypeAlias = Literal["none", "exam"]
@@ -30,7 +31,7 @@ def train_plan(
     Raises:
         UserError: as EpochPlan and label_classes.
     """
-    exam_N = manifest.code_N("exam_id") if group_by == "exam" else None
+    exam_N = coded(manifest.table, "exam_id") if group_by == "exam" else None
     row_M = manifest.rows("train")
     balanced = sampling == "class_balanced" and len(row_M) > 0
     return EpochPlan(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.manifest import Manifest
+from shards.samples import coded
 from shards.splits import draw
 
 _PURPOSE = "share"
@@ -37,7 +38,9 @@ def with_fraction(manifest: Manifest, *, fraction: float, seed: int, labels: Seq
     row_M = manifest.rows("train")
     if fraction == 1 or len(row_M) == 0:
         return manifest
-    _, first_P, patient_M = np.unique(manifest.code_N("patient_id")[row_M], return_index=True, return_inverse=True)
+    _, first_P, patient_M = np.unique(
+        coded(manifest.table, "patient_id")[row_M], return_index=True, return_inverse=True
+    )
     label_MK = manifest.label_NK(labels, row_M)
     positive_PK = np.zeros((len(first_P), len(labels)), np.bool_)
     for k in range(len(labels)):

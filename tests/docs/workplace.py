@@ -271,6 +271,12 @@ def short_bench(line: str) -> None:
     reset()
 
 
+def order_alone(line: str) -> None:
+    """It starts processes that import torch; tests/benchmarks/test_order.py runs it on fewer images."""
+    assert line == "python -m tests.benchmarks.order"
+    assert (ROOT / "tests" / "benchmarks" / "test_order.py").is_file()
+
+
 def figure(line: str) -> None:
     """Drawn into this folder."""
     _, script, *arguments = shlex.split(line)
@@ -295,6 +301,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"python -m tests.benchmarks.variants .*", small_variants),
     (r"python -m tests.benchmarks.(manifest|streaming)", small_benchmark),
     (r"msmil train .* data.shards=s3://.*", from_a_server),
+    (r"python -m tests.benchmarks.order", order_alone),
     (r"msmil phantom .*", small_phantoms),
     (r"msmil pack .* --recipe mammoclip", small_recipe),
     (r"msmil repeat .*", one_repetition),

@@ -40,7 +40,14 @@ def training(manifest: Manifest, **changes: Any) -> Iterator[Batch]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"start_batch": 3}, {"world": 2, "rank": 1}, {"accumulation": 2}, {"last_batch": "drop"}],
+    [
+        {},
+        {"start_batch": 3},
+        {"world": 2, "rank": 1},
+        {"accumulation": 2},
+        {"last_batch": "drop"},
+        {"group_by": "exam"},
+    ],
     ids=str,
 )
 def test_the_order_is_that_of_images(manifest: Manifest, features: Features, changes: dict[str, Any]) -> None:
