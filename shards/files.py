@@ -88,14 +88,16 @@ def atomic_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     if (free := free_bytes(path.parent)) < needed_bytes:
         thing = f"the disk is full: {human_bytes(needed_bytes)} are needed, {human_bytes(free)} are free"
         raise UserError(thing, fix=_MAKE_ROOM, file=path)
-    temporary = _hidden(path, TEMPORARY_SUFFIX)
+    temporary, before = _hidden(path, TEMPORARY_SUFFIX), _hidden(path, _OLD_SUFFIX)
+    for leftover in (temporary, before):  # of a process that was killed and had our number
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir()
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
             sync(file)
         if path.exists():
-            remove_folder(path)
+            path.rename(before)
         temporary.rename(path)
         sync(path.parent)
     except OSError as error:
@@ -104,12 +106,14 @@ def atomic_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
             raise
         raise _full(error, path, written_bytes, needed_bytes or None, free) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, before):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder; cut off in between, it leaves what `remove_leftovers` finds, and no half folder."""
     hidden = _hidden(path, _OLD_SUFFIX)
+    shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
 

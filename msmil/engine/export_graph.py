@@ -79,15 +79,16 @@ class InferenceGraph(nn.Module):
         """What the network is called on."""
         return self._bags.of_unit(to_unit(image_B1HW))
 
-    def example(self, batch: int) -> Tensor:
-        """Made-up images: a bright breast on one side or the other, with noise."""
-        height, width = self.images.height_px, self.images.width_px
-        generator = torch.Generator().manual_seed(batch)
-        x_B1HW = torch.rand(batch, 1, height, width, generator=generator) * 0.8 + 0.1
-        x_B1HW[..., width // 2 :] *= (torch.arange(batch) % 2)[:, None, None, None]
-        x_B1HW[::2, :, : height // 3] = 0
-        dtype = getattr(torch, self.images.dtype)
-        return (x_B1HW * (255 if dtype == torch.uint8 else 65535)).to(torch.int32).to(dtype)
+
+def example_images(images: StoredImages, batch: int) -> Tensor:
+    """Made-up images [B, 1, H, W]: a bright breast on one side or the other, with noise."""
+    height, width = images.height_px, images.width_px
+    generator = torch.Generator().manual_seed(batch)
+    x_B1HW = torch.rand(batch, 1, height, width, generator=generator) * 0.8 + 0.1
+    x_B1HW[..., width // 2 :] *= (torch.arange(batch) % 2)[:, None, None, None]
+    x_B1HW[::2, :, : height // 3] = 0
+    dtype = getattr(torch, images.dtype)
+    return (x_B1HW * (255 if dtype == torch.uint8 else 65535)).to(torch.int32).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def describe(graph: InferenceGraph) -> dict[str, Any]:
     """What one needs to feed a graph, and to read what it gives."""
     images = graph.images
     with torch.no_grad():
-        outputs = graph(graph.example(1))
-        bag = graph.bag(graph.example(1))
+        outputs = graph(example_images(images, 1))
+        bag = graph.bag(example_images(images, 1))
     places = {str(s): bag.of_scale(s)[1].tolist() for s in graph.network.scales}
     padded_hw = padded_size(images.height_px, images.width_px, graph.bag_config)
     return {
@@ -149,7 +150,8 @@ def written_and_verified(graph: InferenceGraph, name: Format, folder: Path, abou
             run = writer.write(program, folder / writer.file, about)
         except (torch.onnx.OnnxExporterError, RuntimeError) as error:
             raise _inexpressible(name, error) from None
-        differences = [_difference(run(image), graph(image)) for image in map(graph.example, _VERIFIED_BATCHES)]
+        verified = [example_images(graph.images, batch) for batch in _VERIFIED_BATCHES]
+        differences = [_difference(run(image), graph(image)) for image in verified]
     largest = max(differences)
     if not largest <= _LARGEST_DIFFERENCE:
         thing = f"the {name} graph gives other numbers than the model (they differ by {largest:.1e} of an output)"
@@ -161,7 +163,7 @@ def _traced(graph: InferenceGraph) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     try:
         return torch.export.export(
-            graph, (graph.example(_TRACED_BATCH),), dynamic_shapes={INPUT: {0: batch}}, strict=False
+            graph, (example_images(graph.images, _TRACED_BATCH),), dynamic_shapes={INPUT: {0: batch}}, strict=False
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise _inexpressible("torch-export", error) from None

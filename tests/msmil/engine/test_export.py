@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from msmil.engine.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from msmil.engine.checkpoint_state import pointed
 from msmil.engine.data_summary import describe_data
 from msmil.engine.export import export
-from msmil.engine.export_graph import InferenceGraph, StoredImages
+from msmil.engine.export_graph import InferenceGraph, StoredImages, example_images
 from msmil.engine.pipeline import build_network
 from msmil.engine.run_folder import RunFolder
 from msmil.types import TrainState
@@ -72,20 +72,17 @@ def exported(run: RunFolder, out: Path, **more: Any) -> dict[str, Any]:
     return export(run, out, **({"checkpoint": "best", "formats": (), "shards": None} | more))
 
 
-def stored_images(packed: Path, batch: int) -> Tensor:
+def stored(packed: Path) -> StoredImages:
     manifest = read_manifest(packed)
-    return InferenceGraph.example(
-        type("Graph", (), {"images": StoredImages(manifest.height_px, manifest.width_px, manifest.dtype)})(), batch
-    )
+    return StoredImages(manifest.height_px, manifest.width_px, manifest.dtype)
 
 
-def eager(out: Path, packed: Path) -> InferenceGraph:
+def eager(out: Path, images: StoredImages) -> InferenceGraph:
     """The model that msmil makes of an export."""
-    config, manifest = load_config(out / "config.yaml"), read_manifest(packed)
-    hw = manifest.height_px, manifest.width_px
-    network = build_network(config, hw, pretrained=False)
+    config = load_config(out / "config.yaml")
+    network = build_network(config, (images.height_px, images.width_px), pretrained=False)
     network.load_state_dict(load_file(out / "model.safetensors"))
-    return InferenceGraph(config, network, StoredImages(*hw, manifest.dtype)).eval()
+    return InferenceGraph(config, network, images).eval()
 
 
 def run_torch(out: Path, image: Tensor) -> dict[str, Tensor]:
@@ -101,19 +98,21 @@ def run_onnx(out: Path, image: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "dtype"), zip(VARIANTS, ["uint8", "uint16"] * 2, strict=True))
 def test_a_graph_takes_stored_images_in_any_number_and_gives_what_the_model_gives(
-    tmp_path: Path, packed: Path, name: str
+    tmp_path: Path, packed: Path, name: str, dtype: str
 ) -> None:
     pytest.importorskip("onnxruntime")
-    out = tmp_path / "out"
-    about = exported(a_run(tmp_path, packed, **VARIANTS[name]), out, formats=("torch-export", "onnx"))
+    run_folder, out = a_run(tmp_path, packed, **VARIANTS[name]), tmp_path / "out"
+    images = replace(stored(packed), dtype=dtype)
+    run_folder.data.write_text(json.dumps(asdict(images)))
+    about = exported(run_folder, out, formats=("torch-export", "onnx"))
     assert set(about["files"]) == {"model.pt2", "model.onnx"}
     assert max(about["files"].values()) < 1e-5
-    model = eager(out, packed)
+    model = eager(out, images)
     run: Callable[[Path, Tensor], dict[str, Tensor]]
     for batch in (1, 4):
-        image = stored_images(packed, batch)
+        image = example_images(images, batch)
         with torch.no_grad():
             expected = model(image)
         assert expected["probability_BK"].shape == (batch, 2)
