@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import socket
@@ -173,6 +174,7 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
         # believes that it is alone
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ["DS_ACCELERATOR"] = "cpu"
+        _leave_out_shared_memory_operator()
         handlers = [InitProcessGroupKwargs(backend="gloo", timeout=_backend_timeout(config))]
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(key, value)  # a single process that no launcher started
@@ -186,6 +188,16 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, micro_batch=config.batch_size // parts)),
         kwargs_handlers=handlers,
     )
+
+
+def _leave_out_shared_memory_operator() -> None:
+    """DeepSpeed would compile an operator for inference on CPUs at every first start, for minutes.
+
+    Training never calls it, and a rank that is killed while it loads leaves a lock behind, on which every later start
+    would wait for ever (torch.utils.file_baton).
+    """
+    operators = getattr(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
+    operators["deepspeed_shm_comm"] = False
 
 
 def _backend_timeout(config: TrainConfig) -> timedelta:
