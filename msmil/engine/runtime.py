@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import socket
@@ -57,6 +58,8 @@ class Runtime:
             self._watchdog = Watchdog(self.rank, self.world, connect_to_launcher, timeout_s=config.timeout_s)
         hosts = self.gather(socket.gethostname())
         self.node_ranks = tuple(rank for rank, host in enumerate(hosts) if host == hosts[self.rank])
+        if config.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # torch's default rounds what convolutions read to ten bits
         self._autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
     @property
@@ -223,7 +226,11 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int) -> dict[str, Any]
 
 
 def _build_no_operators() -> None:
-    """DeepSpeed would compile a shared-memory all-reduce for minutes at its first start; only its inference uses it."""
+    """DeepSpeed would compile an all-reduce of its inference for minutes at every first start.
+
+    Training never calls it, and a rank that is killed while it loads leaves a lock behind, on which every later start
+    would wait for ever (torch.utils.file_baton).
+    """
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
