@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.faults.launcher import Launcher
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     """Starts worlds of ranks without importing torch each time."""
-    with Launcher(tmp_path_factory.mktemp("worlds")) as launcher:
-        yield launcher
+    return Launcher(tmp_path_factory.mktemp("worlds"))

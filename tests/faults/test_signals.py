@@ -78,7 +78,7 @@ def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed
     """SIGUSR1; then Ctrl-C while the ranks do not answer, and once more."""
     arguments = ["train", write_tiny(tmp_path, packed, name="job", **LONG), "--ranks", "2"]
     log = tmp_path / "runs" / "job" / "log.txt"
-    started = launcher.start(*arguments, ranks=1, program="msmil")
+    started = launcher.start(*arguments, program="msmil")
     wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=90)
     assert len(children_running("launch.train", started.pids[0])) == 2
     started.send(signal.SIGUSR1)
@@ -87,7 +87,7 @@ def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed
     assert "Traceback" not in started.said()
 
     lines = log.read_text().count("loss")
-    started = launcher.start(*arguments, ranks=1, program="msmil")
+    started = launcher.start(*arguments, program="msmil")
     wait_for(lambda: log.read_text().count("loss") > lines + 1, deadline_s=90)
     ranks = children_running("launch.train", started.pids[0])
     for pid in ranks:
