@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests import forked
 from tests.faults.places import read_place
-from tests.worlds import alive, environment
+from tests.worlds import alive, children_running, environment
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._numbers = folder, itertools.count()
+        self._running: Started | None = None
 
     def start(
         self, *arguments: object, ranks: int = 2, program: str = "rank", fault: str = "", peer_wait_s: float = 0.5
@@ -74,18 +75,31 @@ class Launcher:
             environments = forked.rank_environments(base, ranks)
         command = [json.dumps(settings), *(str(argument) for argument in arguments)]
         pids = forked.start_ranks("tests.faults.rank", command, environments)
-        return Started(folder, pids, since_s)
+        self._running = Started(folder, pids, since_s)
+        return self._running
 
-    def wait(self, started: Started, *, deadline_s: float = 90, end_others: bool = True) -> list[int]:
+    def wait(self, started: Started, *, deadline_s: float = 120, end_others: bool = True) -> list[int]:
         """Exit codes of all ranks (signals are negative); fails when they hang.
 
         `end_others` says whether a rank that fails ends the others, as launchers see to.
         """
         ended = forked.wait_for_ranks(deadline_s=deadline_s, end_others=end_others)
+        self._running = None
         texts = [(started.place(rank), started.said(rank)) for rank in range(len(started.pids))]
         assert not ended["hung"], f"hung for {deadline_s} s: {texts}"
         codes: list[int] = ended["codes"]
         return codes
+
+    def end(self) -> None:
+        """Kill what a test that failed has left running."""
+        if self._running is None:
+            return
+        for pid in self._running.pids:
+            for process in [*children_running("launch.train", pid), pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        forked.wait_for_ranks(deadline_s=10)
+        self._running = None
 
 
 def left_behind(started: Started) -> list[int]:
