@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 _PRELOAD = ("launch.train", "launch.evaluate", "launch.extract", "msmil.engine.train", "msmil.engine.evaluate",
-            "msmil.engine.extract", "deepspeed", "torch.utils.tensorboard", "matplotlib.pyplot")  # fmt: skip
+            "msmil.engine.extract", "deepspeed", "torch.utils.tensorboard", "matplotlib.pyplot",
+            "launch.cli", "accelerate.commands.launch", "torch.distributed.run", "torch._dynamo", "pandas",
+            "pyarrow.pandas_compat", "PIL.PngImagePlugin")  # fmt: skip
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's jemalloc
 _ROOT = Path(__file__).parents[1]
 _KILL_AFTER_S = 15.0
 _LONGEST = 1 << 20
@@ -48,19 +51,44 @@ def run_ranks(
     Raises:
         AssertionError: they did not end within the deadline; they are killed.
     """
+    start_ranks(module, arguments, environments)
+    ended = wait_for_ranks(deadline_s=deadline_s)
+    assert not ended["hung"], f"hung for {deadline_s} s: {module} {arguments}"
+    return World(ended["first"], 0 if ended["first"] is None else ended["codes"][ended["first"]])
+
+
+def start_ranks(module: str, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> list[int]:
+    """Start ranks as `run_ranks` does, and return their pids; `wait_for_ranks` has to follow."""
     port = _free_port()
     request = {
         "module": module,
         "arguments": list(arguments),
         "cwd": str(Path.cwd()),
-        "deadline_s": deadline_s,
         "environments": [dict(one) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} for one in environments],
     }
+    pids: list[int] = _ask(request)
+    return pids
+
+
+def wait_for_ranks(*, deadline_s: float, end_others: bool = True) -> dict[str, Any]:
+    """Wait for the ranks that were started last.
+
+    `end_others` says whether a rank that fails ends the others, as launchers see to.
+
+    Returns:
+        codes: exit code of each rank (-N: signal N); first: the rank that failed first, or None; hung: whether the
+        deadline passed first, and they were killed.
+    """
+    ended: dict[str, Any] = _ask({"deadline_s": deadline_s, "end_others": end_others})
+    return ended
+
+
+def _ask(request: dict[str, Any]) -> Any:
     channel = _server()
     socket.send_fds(channel, [json.dumps(request).encode()], [1, 2])
-    first, code, hung = json.loads(channel.recv(_LONGEST))
-    assert not hung, f"hung for {deadline_s} s: {module} {arguments}"
-    return World(first, code)
+    answer = channel.recv(_LONGEST)
+    assert answer, "the process that forks has ended"
+    return json.loads(answer)
 
 
 def rank_environments(base: Mapping[str, str], ranks: int) -> list[dict[str, str]]:
@@ -98,7 +126,7 @@ def _server() -> socket.socket:
     """The process that forks; it starts when it is first needed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST)
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **_ONE_THREAD}
     command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
     process = subprocess.Popen(
         command, env=environment, cwd=_ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
@@ -120,43 +148,55 @@ def serve(channel: socket.socket) -> None:
     import torch
 
     torch.set_num_threads(1)
+    pids: list[int] = []
     while True:
         message, streams, _, _ = socket.recv_fds(channel, _LONGEST, 2)
         if not message:
             return
-        first, code, hung = _world(json.loads(message), streams, channel)
+        request = json.loads(message)
+        if "module" in request:
+            pids = _start(request, streams, channel)
+            answer: Any = pids
+        else:
+            answer = _wait(pids, request["deadline_s"], end_others=request["end_others"])
         for stream in streams:
             os.close(stream)
-        channel.send(json.dumps([first, code, hung]).encode())
+        channel.send(json.dumps(answer).encode())
 
 
-def _world(request: dict[str, Any], streams: Sequence[int], channel: socket.socket) -> tuple[int | None, int, bool]:
-    """Start the ranks and wait; when one fails, end the others as torchrun does."""
-    pids = {}
-    for rank, environment in enumerate(request["environments"]):
+def _start(request: dict[str, Any], streams: Sequence[int], channel: socket.socket) -> list[int]:
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    assert threads == 1, f"a fork of a process with {threads} threads copies locks that nobody opens"
+    pids = []
+    for environment in request["environments"]:
         pid = os.fork()
         if pid == 0:
             channel.close()
             _rank(request, environment, streams)
-        pids[pid] = rank
-    end_s = time.monotonic() + request["deadline_s"]
-    first, code, hung, asked = None, 0, False, False
-    while pids:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in pids:
-            rank, ended = pids.pop(pid), os.waitstatus_to_exitcode(status)
-            if ended and first is None:
-                first, code = rank, ended
+        pids.append(pid)
+    return pids
+
+
+def _wait(pids: Sequence[int], deadline_s: float, *, end_others: bool) -> dict[str, Any]:
+    """Wait for the ranks; when one fails, end the others as torchrun does."""
+    left, codes = dict(enumerate(pids)), [0] * len(pids)
+    end_s = time.monotonic() + deadline_s
+    first, hung, asked = None, False, False
+    while left:
+        for rank, pid in list(left.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del left[rank]
+                codes[rank] = os.waitstatus_to_exitcode(status)
+                first = rank if first is None and codes[rank] else first
         late = time.monotonic() > end_s
-        if late:
-            hung = hung or not asked
-        if pids and (late or (first is not None and not asked)):
-            for other in pids:
-                os.killpg(other, signal.SIGKILL if late else signal.SIGTERM)
+        hung = hung or (late and not asked)
+        if late or (end_others and first is not None and not asked):
+            for pid in left.values():
+                os.killpg(pid, signal.SIGKILL if late else signal.SIGTERM)
             asked, end_s = True, time.monotonic() + _KILL_AFTER_S
-        if not pid:
-            time.sleep(0.01)
-    return first, code, hung
+        time.sleep(0.01)
+    return {"codes": codes, "first": first, "hung": hung}
 
 
 def _rank(request: dict[str, Any], environment: Mapping[str, str], streams: Sequence[int]) -> None:
@@ -164,6 +204,7 @@ def _rank(request: dict[str, Any], environment: Mapping[str, str], streams: Sequ
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells ignore it in what they start aside
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # gone with the process that forked it
         for descriptor, stream in zip((1, 2), streams, strict=True):
             os.dup2(stream, descriptor)

@@ -10,7 +10,13 @@ from tests.faults.launcher import Launcher
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     """Starts worlds of ranks without importing torch each time."""
-    with Launcher(tmp_path_factory.mktemp("worlds")) as launcher:
-        yield launcher
+    return Launcher(tmp_path_factory.mktemp("worlds"))
+
+
+@pytest.fixture
+def launcher(worlds: Launcher) -> Iterator[Launcher]:
+    """The same; what a test that fails leaves running ends with it."""
+    yield worlds
+    worlds.end()

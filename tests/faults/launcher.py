@@ -1,4 +1,4 @@
-"""Worlds of forked ranks (tests.faults.forked), started, killed and waited for by a test."""
+"""Worlds of forked ranks (tests.forked), started, killed and waited for by a test."""
 
 from __future__ import annotations
 
@@ -8,23 +8,14 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
+from tests import forked
 from tests.faults.places import read_place
-from tests.worlds import ROOT, alive, environment
-
-# jemalloc, which pyarrow brings, would start a thread of its own
-_ONE_THREAD = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",
-}
+from tests.worlds import alive, children_running, environment
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,8 @@ class Started:
 
     def said(self, rank: int = 0) -> str:
         """What a rank printed."""
-        return (self.folder / f"rank_{rank}.txt").read_text(encoding="utf-8")
+        file = self.folder / f"rank_{rank}.txt"
+        return file.read_text(encoding="utf-8") if file.exists() else ""
 
     @property
     def failures(self) -> list[str]:
@@ -56,24 +48,16 @@ class Started:
 
 
 class Launcher:
-    """A process that forks ranks; a context manager that ends it, and with it whatever it started."""
+    """Starts worlds, one after another; what they print goes to files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._numbers = folder, itertools.count()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.forked"],
-            env=environment(**_ONE_THREAD),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._answer()
+        self._running: Started | None = None
 
     def start(
         self, *arguments: object, ranks: int = 2, program: str = "rank", fault: str = "", peer_wait_s: float = 0.5
     ) -> Started:
-        """Start ranks of `python -m launch.train` (or one process of `msmil`) with these arguments.
+        """Start ranks of `python -m launch.train` with these arguments, or one process of `msmil`.
 
         Args:
             arguments: the experiment and overrides.
@@ -83,44 +67,39 @@ class Launcher:
             peer_wait_s: how long a rank that has lost another one waits to be ended; 10 in real life.
         """
         folder = self._folder / f"start_{next(self._numbers)}"
-        request = {"folder": str(folder), "arguments": [str(a) for a in arguments], "ranks": ranks}
-        since_s = time.time()
-        answer = self._ask("start", **request, program=program, fault=fault, peer_wait_s=peer_wait_s)
-        return Started(folder, answer["pids"], since_s)
+        folder.mkdir(parents=True)
+        settings = {"folder": str(folder), "program": program, "fault": fault, "peer_wait_s": peer_wait_s}
+        since_s, environments = time.time(), [environment()]
+        if program == "rank":
+            base = environment(MSMIL_FAILURE_FILE=str(folder / "failure.txt"))
+            environments = forked.rank_environments(base, ranks)
+        command = [json.dumps(settings), *(str(argument) for argument in arguments)]
+        pids = forked.start_ranks("tests.faults.rank", command, environments)
+        self._running = Started(folder, pids, since_s)
+        return self._running
 
-    def wait(self, started: Started, *, deadline_s: float = 90, end_others: bool = True) -> list[int]:
+    def wait(self, started: Started, *, deadline_s: float = 120, end_others: bool = True) -> list[int]:
         """Exit codes of all ranks (signals are negative); fails when they hang.
 
         `end_others` says whether a rank that fails ends the others, as launchers see to.
         """
-        answer = self._ask("wait", deadline_s=deadline_s, end_others=end_others)
-        texts = [started.said(rank) for rank in range(len(started.pids))]
-        assert not answer["hung"], f"hung for {deadline_s} s: {[started.place(r) for r in range(len(texts))]} {texts}"
-        codes: list[int] = answer["codes"]
+        ended = forked.wait_for_ranks(deadline_s=deadline_s, end_others=end_others)
+        self._running = None
+        texts = [(started.place(rank), started.said(rank)) for rank in range(len(started.pids))]
+        assert not ended["hung"], f"hung for {deadline_s} s: {texts}"
+        codes: list[int] = ended["codes"]
         return codes
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def _ask(self, what: str, **more: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": what, **more}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the launcher of forked ranks has ended"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+    def end(self) -> None:
+        """Kill what a test that failed has left running."""
+        if self._running is None:
+            return
+        for pid in self._running.pids:
+            for process in [*children_running("launch.train", pid), pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        forked.wait_for_ranks(deadline_s=10)
+        self._running = None
 
 
 def left_behind(started: Started) -> list[int]:

@@ -4,7 +4,7 @@
 
 A run is started, one of its ranks is killed at a moment drawn uniformly over the seconds that an unbroken run takes
 now, and it is started again until it ends. Its weights, moments and averaged weights are then compared with those of
-an unbroken run, byte by byte. Ranks are real processes, forked from a launcher (tests.faults.forked).
+an unbroken run, byte by byte. Ranks are real processes, forked from a launcher (tests.forked).
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     begin_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="soak_") as name, Launcher(Path(name) / "worlds") as launcher:
-        killer = Killer(launcher, Path(name), args.seed)
+    with tempfile.TemporaryDirectory(prefix="soak_") as name:
+        killer = Killer(Launcher(Path(name) / "worlds"), Path(name), args.seed)
         for number in itertools.count():
             killer.run(number, args.kills)
             soak = killer.soak

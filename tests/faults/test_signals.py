@@ -70,16 +70,17 @@ def test_a_second_ctrl_c_ends_ranks_that_hang(launcher: Launcher, tmp_path: Path
     time.sleep(1)
     assert all(alive(pid) for pid in started.pids)
     started.send(signal.SIGINT)
-    assert launcher.wait(started, deadline_s=10) == [130, 130]
+    assert launcher.wait(started, deadline_s=30) == [130, 130]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
     """SIGUSR1; then Ctrl-C while the ranks do not answer, and once more."""
     arguments = ["train", write_tiny(tmp_path, packed, name="job", **LONG), "--ranks", "2"]
     log = tmp_path / "runs" / "job" / "log.txt"
-    started = launcher.start(*arguments, ranks=1, program="msmil")
-    wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=90)
+    started = launcher.start(*arguments, program="msmil")
+    wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=200)
     assert len(children_running("launch.train", started.pids[0])) == 2
     started.send(signal.SIGUSR1)
     assert launcher.wait(started) == [128 + signal.SIGUSR1]
@@ -87,8 +88,8 @@ def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed
     assert "Traceback" not in started.said()
 
     lines = log.read_text().count("loss")
-    started = launcher.start(*arguments, ranks=1, program="msmil")
-    wait_for(lambda: log.read_text().count("loss") > lines + 1, deadline_s=90)
+    started = launcher.start(*arguments, program="msmil")
+    wait_for(lambda: log.read_text().count("loss") > lines + 1, deadline_s=200)
     ranks = children_running("launch.train", started.pids[0])
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
@@ -96,6 +97,6 @@ def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed
     time.sleep(1)
     assert all(alive(pid) for pid in [*ranks, *started.pids])
     started.send(signal.SIGINT)
-    assert launcher.wait(started, deadline_s=15) == [130]
+    assert launcher.wait(started, deadline_s=60) == [130]
     assert not any(alive(pid) for pid in ranks)
     assert "Traceback" not in started.said()
