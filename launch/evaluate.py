@@ -128,7 +128,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="features of these data, or none: encode the images (default: those it was trained on, if any)",
     )
-    shards = "other packed data to judge it on (default: those it was trained on)"
+    shards = "other packed data to judge it on, or their address (default: those it was trained on)"
     parser.add_argument("--shards", metavar="DIR", help=shards)
     add_quiet(parser)
     add_json(parser, "the metrics")

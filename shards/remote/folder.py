@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import getpass
 import hashlib
 import json
 import os
@@ -52,7 +51,7 @@ class RemoteOptions:
         """The cache's folder."""
         if self.cache_dir:
             return Path(self.cache_dir).absolute()
-        return Path(tempfile.gettempdir()) / f"msmil-cache-{getpass.getuser()}"
+        return Path(tempfile.gettempdir()) / f"msmil-cache-{os.getuid()}"
 
     @property
     def limit_bytes(self) -> int:
@@ -143,6 +142,7 @@ def fetch_manifest(url: str, options: RemoteOptions) -> tuple[Path, Remote]:
     folder = options.folder / "manifests" / hashlib.sha256(url.encode()).hexdigest()[:16]
     store = Store(url, timeout_s=options.timeout_s, retries=options.retries)
     with _os_errors_for_users(folder), _locked(folder):
+        _check_owner(options.folder)
         version = _version(store)
         current = _read(folder / _CURRENT)
         if current is None or current["version"] != version or version is None:
@@ -223,6 +223,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     there = (path.parent / content["copy"] / MANIFEST_NAME).exists()
     return content if there else None
+
+
+def _check_owner(folder: Path) -> None:
+    """What another user has put there, in a folder for temporary files, must not be taken for a manifest."""
+    if folder.stat().st_uid != os.getuid():
+        raise UserError("this cache belongs to another user", fix="set data.cache_dir to another folder", file=folder)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO, Final, TypeVar
@@ -187,7 +188,7 @@ class Store:
             except FileNotFoundError as error:
                 raise UserError("missing", fix="see that the address is right", file=self._path(name)) from error
             except PermissionError as error:
-                thing = f"may not be read ({error})"
+                thing = f"may not be read ({_without_secrets(str(error))})"
                 fix = "see to the credentials in the environment, and to the rights that they give"
                 raise UserError(thing, fix=fix, file=self._path(name)) from error
             except Exception as error:
@@ -218,4 +219,9 @@ def _words(error: BaseException) -> str:
     kind = type(error).__name__
     if "Timeout" in kind:
         return "no answer in time"
-    return str(error) or kind
+    return _without_secrets(str(error)) or kind
+
+
+def _without_secrets(text: str) -> str:
+    """A server may have sent us on to an address that holds a signature; it is of no use in a log."""
+    return re.sub(r"(\w+://)(?:[^/\s@]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import suppress
@@ -304,6 +305,13 @@ class TestBroken:
             last.unlink()
             with pytest.raises(UserError, match="missing"):
                 check_shards(manifest)
+
+    def test_a_cache_of_another_user(
+        self, server: FileServer, options: RemoteOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        with pytest.raises(UserError, match="belongs to another user"):
+            read_manifest(server.url, options)
 
     def test_a_disk_too_small_for_the_cache(self, server: FileServer, options: RemoteOptions) -> None:
         manifest = read_manifest(server.url, RemoteOptions(**(vars(options) | {"cache_gb": 1e9})))

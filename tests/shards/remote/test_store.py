@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.remote.store import Store
+from shards.remote.store import Store, _without_secrets
 from tests.servers import FileServer, serving
 
 NAME = "shard-000000.tar"
@@ -75,6 +75,11 @@ def test_what_is_forbidden_is_asked_for_once(store: Store, server: FileServer) -
     with pytest.raises(UserError, match="403"):
         store.read(NAME, 0, 10)
     assert len(server.gets()) == 1
+
+
+def test_what_a_server_sends_us_on_to_may_hold_a_signature() -> None:
+    said = "403, message='Forbidden', url='https://me:secret@host/a.tar?X-Amz-Signature=secret'"
+    assert _without_secrets(said) == "403, message='Forbidden', url='https://host/a.tar'"
 
 
 def test_what_is_not_there_is_asked_for_once(store: Store) -> None:
