@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import msmil
 from launch.cli import main
 from msmil.config import Config
 from msmil.config_io import load_config
@@ -28,6 +29,8 @@ from msmil.engine.train import open_stream, stepper_of_epoch
 from shards.types import Batch
 from tests.benchmarks.memory import step_bytes
 from tests.experiments import write_tiny
+from tests.parity.published import golden, published_state
+from tests.parity.test_published_models import BOUND, CASES, ours, tiles
 from tests.runs import reset
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -164,3 +167,19 @@ def test_bench_train(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture
     assert found["largest_batch"]["tried"]
     assert found["largest_batch"]["images"] >= 6
     assert found["compared"][0]["ratio"] == 1
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_published_weights_give_the_published_numbers(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, as tests/parity has it on a CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    network = msmil.load_published(published_state(name)).to(DEVICE)
+    with torch.inference_mode():
+        found = ours(network(tiles(case).to(DEVICE)))
+    array = golden(name)
+    for key in ("logits", "side_logits"):
+        if key in found and f"{case}/{key}" in array:
+            expected = array[f"{case}/{key}"].reshape(found[key].shape)
+            worst = abs(found[key].cpu().numpy() - expected).max()
+            print(f"\n{name} {case} {key}: max difference {worst:.1e}", end="")
+            assert worst <= BOUND
