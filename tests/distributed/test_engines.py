@@ -117,8 +117,8 @@ def test_the_options_of_the_order_hold_for_what_steps_received(runs: Runs, packe
         label_BK = label_NK[step]
         rest = int((label_BK == 0).all(axis=1).sum())
         assert abs(rest - len(step) / 3) < 1, "a third of each batch has none of the two labels"
-    share = {exam_of[row] for step in epoch("share", 9) for row in step}
-    assert sorted({row for step in epoch("share", 9) for row in step}) == [r for r in train if exam_of[r] in share]
+    share = {exam_of[row] for step in epoch("share", 5) for row in step}
+    assert sorted({row for step in epoch("share", 5) for row in step}) == [r for r in train if exam_of[r] in share]
     assert 0.3 * len(train) < 4 * len(share) < 0.7 * len(train)
 
 

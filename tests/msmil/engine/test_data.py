@@ -57,3 +57,10 @@ def test_a_share_without_a_patient_is_refused(tmp_path: Path, packed: Path) -> N
     config = configuration(tmp_path, packed, fraction=0.001)
     with pytest.raises(UserError, match=r"data.fraction of 0.001 takes none of the 15 training patients.*Fix"):
         open_data(config)
+
+
+@pytest.mark.parametrize("last_batch", ["drop", "wrap"])
+def test_statistics_may_move_where_no_place_is_padded(tmp_path: Path, packed: Path, last_batch: str) -> None:
+    file = write_tiny(tmp_path, packed, data={"last_batch": last_batch}, train={"batch_norm": "train"})
+    config = load_config(file)
+    assert (first_epoch(config, open_data(config)).filled_G == config.train.batch_size).all()
