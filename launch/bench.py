@@ -14,6 +14,7 @@ from msmil.config_io import load_config
 
 _SUBJECT: Final = "configs/experiment/vindr_mass_fpn_abmil.yaml"
 _EXAMPLES: Final = (
+    "msmil bench train configs/experiment/demo.yaml",
     f"msmil bench train {_SUBJECT} --synthetic 1520x912 train.batch_size=2",
     f"msmil bench train {_SUBJECT} --modes each --find-batch",
     f"msmil bench loader {_SUBJECT}",

@@ -123,7 +123,7 @@ def test_tasks_of_srun_train_one_run(tmp_path: Path, packed: Path) -> None:
         )
         for rank in range(2)
     ]
-    said = [task.communicate(timeout=120)[1] for task in tasks]
+    said = [task.communicate(timeout=220)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
     checkpoint = newest(tmp_path / "runs" / "tiny" / "checkpoints")
     assert checkpoint is not None

@@ -17,7 +17,7 @@ from msmil.engine.watchdog import EXIT_HUNG as ENGINES_EXIT_HUNG
 from tests.experiments import write_tiny
 from tests.worlds import ROOT, alive, children_running, environment, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TIMEOUT_S = 6
 LAUNCHERS_PATIENCE_S = 30  # torch's, until it kills a process that does not end on SIGTERM
@@ -43,7 +43,7 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(
         [sys.executable, *command], env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     try:
-        wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=150)
+        wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=240)
         ranks = children_running("launch.train", process.pid)
         assert len(ranks) == 2
         by_rank = sorted(ranks, key=rank_of)

@@ -190,10 +190,11 @@ def project(
             backward's length. The other engines, as they are configured here, hide nothing.
     """
     parts = traffic(engine, parameters, accumulation)
-    seconds = sum(ring_seconds(part, links, ranks, gpus_per_node) for part in parts)
+    first_s, *others_s = [ring_seconds(part, links, ranks, gpus_per_node) for part in parts]
+    seconds = first_s + sum(others_s)
     exposed = seconds
     if overlap and engine == "ddp":
-        exposed = max(seconds / parts[0].calls, seconds - step.backward_s)
+        exposed = max(first_s / parts[0].calls, first_s - step.backward_s) + sum(others_s)
     total = step.seconds + exposed
     return Projection(
         ranks=ranks,

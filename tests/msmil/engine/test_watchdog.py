@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from msmil.engine import watchdog
 from msmil.engine.watchdog import Beat, Watchdog, parse_beat, verdict
