@@ -9,7 +9,7 @@ import torch
 
 from msmil.config import Config
 from msmil.config_io import config_from_dict, dump_config, load_config
-from msmil.engine.checkpoint import save_checkpoint
+from msmil.engine.checkpoint import Snapshot, save_checkpoint
 from msmil.engine.run_folder import RunFolder, describe_environment
 from msmil.types import TrainState
 from shards.errors import UserError
@@ -22,8 +22,15 @@ def trained(root: Path, config: Config) -> RunFolder:
     state = TrainState(
         step=1, epoch=1, batches_done=0, samples_seen=8, best_metric=None, best_step=None, data_fingerprint=""
     )
-    parts = {"model": {"w": torch.ones(1)}, "optimizer": {}, "ema": None, "loss_scale": None}
-    save_checkpoint(folder.checkpoints, state=state, config_yaml=dump_config(config), **parts)  # type: ignore[arg-type]
+    content = Snapshot(
+        model={"w": torch.ones(1)},
+        optimizer={},
+        ema=None,
+        state=state,
+        loss_scale=None,
+        config_yaml=dump_config(config),
+    )
+    save_checkpoint(folder.checkpoints, content)
     folder.close()
     return folder
 
@@ -82,6 +89,13 @@ def test_nothing_that_changes_the_order_may_change(tmp_path: Path, key: str, val
     folder = trained(tmp_path, config_from_dict({"data": before}))
     with pytest.raises(UserError, match=f"data.{key} is .* there and {value!r} now"):
         folder.check(config_from_dict({"data": before | {key: value}}))
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_again(tmp_path: Path) -> None:
+    folder = trained(tmp_path, Config())
+    (folder.checkpoints / "step_00000001" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is whole \(step_00000001: model\.safetensors is missing\)"):
+        folder.check(Config())
 
 
 def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(tmp_path: Path) -> None:
