@@ -86,6 +86,7 @@ def check_shared_memory(config: Config, image_bytes: int | None, folder: Path = 
 def check_data(config: Config) -> tuple[Check, int | None]:
     """The packed data of an experiment; also the bytes of one of its images, None where they cannot be read."""
     from msmil.engine.data import open_data
+    from shards.manifest import check_shards
 
     try:
         manifest = open_data(config)
@@ -96,6 +97,10 @@ def check_data(config: Config) -> tuple[Check, int | None]:
     size = f"{manifest.height_px} x {manifest.width_px} pixels"
     counts = ", ".join(f"{len(manifest.rows(split))} {split}" for split in ("train", "val", "test"))
     labels = ", ".join(config.data.labels)
+    try:
+        check_shards(manifest)
+    except UserError as error:  # data.on_error: skip lets a run start
+        return warning("shards", f"{error.file}: {error.thing}; its images would be skipped", error.fix), image_bytes
     return ok("shards", f"{config.data.shards}: {counts} images of {size} with {labels}"), image_bytes
 
 

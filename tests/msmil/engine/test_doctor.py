@@ -310,6 +310,7 @@ def test_data_of_an_experiment(packed: Path, tmp_path: Path) -> None:
     shutil.copytree(packed, copy)
     next(copy.glob("*.tar")).unlink()
     stands(check_data(settings(shards=str(copy)))[0], "broken", ".tar: missing")
+    stands(check_data(settings(shards=str(copy), on_error="skip"))[0], "warning", ".tar: missing", "would be skipped")
 
 
 def test_packed_data_of_the_current_folder(packed: Path, tmp_path: Path) -> None:
