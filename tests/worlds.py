@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from unittest import mock
 
 from launch.cli import main
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,20 +50,21 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def torchrun(module: str, arguments: Sequence[str], *, ranks: int, deadline_s: float = 120) -> str:
-    """Run a module in a world of `ranks` processes and return what it printed; fail when it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
-    done = run([*command, *arguments], deadline_s=deadline_s)
-    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+def world(module: str, arguments: Sequence[str], *, ranks: int, deadline_s: float = 120) -> None:
+    """Run a module in a world of `ranks` processes (see tests.forked); fail when it fails."""
+    ended = forked.run_ranks(module, arguments, forked.rank_environments(environment(), ranks), deadline_s=deadline_s)
+    assert ended.code == 0, f"rank {ended.first} of {module} ended with {ended.code}; what it printed is above"
 
 
-def msmil(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+def msmil(*arguments: str, launcher: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in this process, since Python with torch takes seconds to start.
 
-    The ranks that it starts are processes as always, and what they print is caught too.
+    The ranks that it starts are processes as always, and what they print is caught too. They are forked for the same
+    reason (tests.forked); `launcher` starts them with accelerate's own.
     """
     with ExitStack() as stack:
+        if not launcher:
+            stack.enter_context(mock.patch("accelerate.commands.launch.launch_command", forked.launch_command))
         stack.enter_context(mock.patch.dict(os.environ, environment(**more), clear=True))
         stack.enter_context(contextlib.chdir(ROOT))
         out = stack.enter_context(_caught(sys.stdout, 1, contextlib.redirect_stdout))

@@ -149,6 +149,7 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
         # believes that it is alone
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ["DS_ACCELERATOR"] = "cpu"
+        _build_no_operators()
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(key, value)  # a single process that no launcher started
@@ -185,6 +186,13 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int) -> dict[str, Any]
     if config.precision == "bf16":
         options["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return options
+
+
+def _build_no_operators() -> None:
+    """DeepSpeed would compile a shared-memory all-reduce for minutes at its first start; only its inference uses it."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _require_deepspeed() -> None:

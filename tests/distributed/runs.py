@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.experiments import write_tiny
-from tests.worlds import torchrun
+from tests.worlds import world
 
 DEADLINE_S = 240
 
@@ -64,7 +64,7 @@ class Runs:
         """Train legs one after another in one world."""
         file = self.folder / f"legs_{ranks}.json"
         file.write_text(json.dumps(legs))
-        torchrun("tests.distributed.legs", [str(file)], ranks=ranks, deadline_s=DEADLINE_S)
+        world("tests.distributed.legs", [str(file)], ranks=ranks, deadline_s=DEADLINE_S)
 
     def told(self, name: str) -> Told:
         """What a leg wrote."""

@@ -29,7 +29,7 @@ import yaml
 from launch import cli, demo
 from msmil.config_io import dump_config, load_config
 from tests.archives import GroupedArchive, make_grouped_archive, write_csv
-from tests.benchmarks import manifest, memory, streaming
+from tests.benchmarks import manifest, memory, streaming, variants
 from tests.docs.alone import alone
 from tests.docs.pages import ROOT
 from tests.experiments import TINY
@@ -244,6 +244,13 @@ def cheapest_row(line: str) -> None:
     memory.main(["--only", "stored features", "--images", "1"])
 
 
+def small_variants(line: str) -> None:
+    """Two variants on small images; their networks at full size are built in tests/benchmarks/test_variants.py."""
+    assert line == "python -m tests.benchmarks.variants --rounds 3"
+    small = ["--height", "128", "--width", "128", "--rounds", "1", "--backbone", "test_efficientnet"]
+    variants.main([*small, "--only", "mass_nested"])
+
+
 def figure(line: str) -> None:
     """Drawn into this folder."""
     _, script, *arguments = shlex.split(line)
@@ -267,6 +274,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"python -m tests.benchmarks.memory", cheapest_row),
     (r"python -m tests.benchmarks.(manifest|streaming)", small_benchmark),
     (r"msmil train .* data.shards=s3://.*", from_a_server),
+    (r"python -m tests.benchmarks.variants .*", small_variants),
     (r"msmil phantom .*", small_phantoms),
     (r"msmil pack .* --recipe mammoclip", small_recipe),
     (r"msmil repeat .*", one_repetition),

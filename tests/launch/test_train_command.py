@@ -41,7 +41,7 @@ def scalars(folder: Path) -> dict[str, list[int]]:
 def trained(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Path:
     """A run of two CPU ranks."""
     folder = tmp_path_factory.mktemp("trained")
-    done = msmil("train", str(write_tiny(folder, packed)), "--ranks", "2")
+    done = msmil("train", str(write_tiny(folder, packed)), "--ranks", "2", launcher=True)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "tiny"
 
