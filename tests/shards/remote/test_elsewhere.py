@@ -24,11 +24,11 @@ from shards.plan import rank_columns
 from shards.reader import ShardReader
 from shards.remote.coming import Coming
 from shards.remote.folder import RemoteOptions
-from shards.remote.members import GAP_BYTES
 from shards.stream import evaluation_stream, train_plan, train_stream
 from shards.types import Batch
 from shards.workers import start_server
-from tests.archives import LABELS, make_grouped_archive, pack_grouped
+from tests.archives import LABELS
+from tests.elsewhere import only, pack_large, times_sent
 from tests.features import make_features
 from tests.servers import FileServer, serving
 from tests.worlds import wait_for
@@ -41,11 +41,7 @@ DEADLINE_S = 120
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Like `packed`, with images so large that a request does not read over one that is not asked for."""
-    folder = tmp_path_factory.mktemp("large")
-    pack_grouped(make_grouped_archive(folder / "archive", exams=24, hw=(224, 160)), folder / "shards")
-    assert read_manifest(folder / "shards").places(np.arange(96)).num_bytes_M.min() > GAP_BYTES
-    return folder / "shards"
+    return pack_large(tmp_path_factory.mktemp("large"))
 
 
 @pytest.fixture
@@ -82,22 +78,6 @@ def objects_bytes(options: RemoteOptions) -> int:
             with suppress(FileNotFoundError):  # it gets its final name
                 sizes[path.stat().st_ino] = path.stat().st_size
     return sum(sizes.values())
-
-
-def times_sent(manifest: Manifest, server: FileServer) -> np.ndarray:
-    """How often each sample of the folder was sent, as a whole."""
-    places = manifest.places(np.arange(len(manifest)))
-    times_N = np.zeros(len(manifest), np.int64)
-    for sent in server.gets():
-        of_shard = [shard.name for shard in manifest.shards].index(sent.name) == places.shard_M
-        end_N = places.offset_M + places.num_bytes_M
-        times_N += of_shard & (places.offset_M >= sent.start) & (end_N <= sent.start + sent.num_bytes)
-    return times_N
-
-
-def only(manifest: Manifest, row_M: np.ndarray) -> list[int]:
-    """Once for these rows, never for the others."""
-    return np.isin(np.arange(len(manifest)), row_M).astype(int).tolist()
 
 
 def needed_bytes(manifest: Manifest) -> int:
