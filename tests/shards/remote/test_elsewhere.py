@@ -17,32 +17,31 @@ import torch
 
 from shards.cache import Cache
 from shards.errors import UserError
+from shards.feature_verify import verify_features
+from shards.features import read_features
 from shards.manifest import Manifest, check_shards, read_manifest
 from shards.plan import rank_columns
 from shards.reader import ShardReader
 from shards.remote.coming import Coming
 from shards.remote.folder import RemoteOptions
-from shards.remote.members import GAP_BYTES
 from shards.stream import evaluation_stream, train_plan, train_stream
 from shards.types import Batch
 from shards.workers import start_server
-from tests.archives import LABELS, make_grouped_archive, pack_grouped
+from tests.archives import LABELS
+from tests.elsewhere import only, pack_large, times_sent
+from tests.features import make_features
 from tests.servers import FileServer, serving
 from tests.worlds import wait_for
 
 ORDER: dict[str, Any] = {"seed": 3, "epoch": 1, "batch_size": 8, "last_batch": "pad", "block_shards": 2}
 LOADING: dict[str, Any] = {"workers": 0, "prefetch_batches": 2, "pin_memory": False}
 MB = 1e-3  # in GB
-DEADLINE_S = 60
+DEADLINE_S = 120
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Like `packed`, with images so large that a request does not read over one that is not asked for."""
-    folder = tmp_path_factory.mktemp("large")
-    pack_grouped(make_grouped_archive(folder / "archive", exams=24, hw=(224, 160)), folder / "shards")
-    assert read_manifest(folder / "shards").places(np.arange(96)).num_bytes_M.min() > GAP_BYTES
-    return folder / "shards"
+    return pack_large(tmp_path_factory.mktemp("large"))
 
 
 @pytest.fixture
@@ -127,16 +126,15 @@ class TestRequests:
     def test_fetch_what_is_used_and_that_once(self, manifest: Manifest, server: FileServer) -> None:
         epochs = [hashes(training(manifest, epoch=epoch)) for epoch in range(3)]
         assert len({tuple(map(str, epoch)) for epoch in epochs}) == 3
-        # neighbours, with the headers and the json that lie between them
-        between = server.num_bytes() - needed_bytes(manifest)
-        assert 0 <= between < 8192 * len(manifest.rows("train"))
+        assert times_sent(manifest, server).tolist() == only(manifest, manifest.rows("train"))
+        # beside them the headers and the json that lie between neighbours
+        assert server.num_bytes() - needed_bytes(manifest) < 4096 * len(manifest.rows("train"))
 
     def test_neighbours_come_together(self, manifest: Manifest, server: FileServer) -> None:
         rows = manifest.rows("test")
         list(evaluation_stream(manifest, labels=LABELS, rows=rows, batch_size=2, **LOADING))
-        one_by_one = len(rows)
-        assert len(server.gets()) <= one_by_one / 2
-        assert len({(sent.name, sent.start) for sent in server.gets()}) == len(server.gets())
+        assert times_sent(manifest, server).tolist() == only(manifest, rows)
+        assert len(server.gets()) <= len(rows) / 2
 
     def test_are_for_the_ranks_of_this_machine_alone(self, manifest: Manifest, server: FileServer) -> None:
         """Two ranks of four are here; what the others need is not fetched."""
@@ -145,9 +143,8 @@ class TestRequests:
         here = np.unique(plan.batches[0][:, columns])
         for rank in (2, 3):
             hashes(training(manifest, world=4, rank=rank, node_ranks=(2, 3)))
-        assert all(manifest.remote.cache().has(manifest.location(row)[3]) for row in here.tolist())
-        held = len(list(manifest.remote.options.folder.glob("objects/*/*")))
-        assert held == len(here) < len(manifest.rows("train"))
+        assert len(here) < len(manifest.rows("train"))
+        assert times_sent(manifest, server).tolist() == only(manifest, here)
 
     @pytest.mark.slow
     def test_two_ranks_with_two_workers_each_fetch_nothing_twice(
@@ -164,8 +161,7 @@ class TestRequests:
         found = dict(results.get() for _ in ranks)
         for rank in range(2):
             assert found[rank] == hashes(training(read_manifest(folder), world=2, rank=rank))
-        between = server.num_bytes() - needed_bytes(manifest)
-        assert 0 <= between < 8192 * len(manifest.rows("train"))
+        assert times_sent(manifest, server).tolist() == only(manifest, manifest.rows("train"))
 
     def test_the_manifest_is_copied_once_and_again_when_it_changes(
         self, server: FileServer, options: RemoteOptions, manifest: Manifest
@@ -211,7 +207,7 @@ class TestAhead:
         for epoch in range(2):
             for _ in training(manifest, epoch=epoch, batch_size=4):
                 assert objects_bytes(small) <= small.limit_bytes
-            assert server.num_bytes() <= (epoch + 1) * (needed_bytes(manifest) + 8192 * len(manifest.rows("train")))
+            assert times_sent(manifest, server).max() <= epoch + 1
         assert server.num_bytes() > needed_bytes(manifest)
         assert objects_bytes(small) == manifest.remote.cache().held_bytes() <= small.limit_bytes
 
@@ -220,6 +216,22 @@ class TestAhead:
         with pytest.raises(UserError, match=r"the cache of 500.0 kB does not hold the 8 batches") as caught:
             training(manifest)
         assert "data.cache_gb" in caught.value.fix
+
+
+class TestFeatures:
+    def test_are_those_of_the_folder(self, folder: Path, tmp_path: Path, options: RemoteOptions) -> None:
+        manifest = read_manifest(folder)
+        here = make_features(manifest, tmp_path / "features")
+        with serving(tmp_path / "features") as server:
+            server.faults.extend(["drop", "flip"])
+            there = read_features(server.url, options)
+            assert there.where == server.url
+            for both in zip(training(manifest, features=here), training(manifest, features=there), strict=True):
+                levels = [batch.levels for batch in both]
+                assert all(torch.equal(levels[0][level], levels[1][level]) for level in here.levels)
+            report = verify_features(server.url, processes=1, quiet=True)
+            assert report.ok, report
+            assert report.summary()["directory"] == server.url
 
 
 class TestBroken:
