@@ -114,7 +114,7 @@ def left_behind(started: Started) -> list[int]:
     return found
 
 
-def poll(condition: Callable[[], bool], *, deadline_s: float, every_s: float = 0.001) -> None:
+def poll(condition: Callable[[], bool], *, deadline_s: float, every_s: float = 0.005) -> None:
     """Wait for something that lasts for milliseconds."""
     end_s = time.monotonic() + deadline_s
     while not condition():
@@ -145,6 +145,7 @@ def kill_inside_a_save(started: Started, checkpoints: Path, *, deadline_s: float
                 started.send(signal.SIGKILL, 0)
                 return
             started.send(signal.SIGCONT, 0)
+        time.sleep(0.001)
     raise AssertionError(f"no save was met within {deadline_s} s")
 
 

@@ -18,8 +18,8 @@ SIGKILL of one rank, drawn at random, at a moment drawn uniformly over the secon
 same command again, until the run ends. DDP over gloo, with dropout, augmentation, averaged weights and 2 accumulation
 steps, a save every 2 steps. Compared are the bytes of weights, moments and averaged weights. When a rank has died, the
 launcher sends SIGTERM to the others, as torchrun does: they end by that signal (while they start, or once they have
-noticed that the connection to the dead rank broke and wait for their launcher) or by themselves, with exit code 1. Step
-0 is a start from scratch."""
+noticed that the connection to the dead rank broke and wait for their launcher) or by themselves, with exit code 1; by
+SIGKILL those that have not ended half a minute later. Step 0 is a start from scratch."""
 _ENDED = {1: "by itself", -15: "by SIGTERM", -9: "by SIGKILL"}
 
 
