@@ -12,7 +12,7 @@ from msmil.config_checks import check_engine, check_folds, check_frozen, check_m
 from msmil.config_checks import require as _require
 from msmil.config_offline import check_offline
 from msmil.config_ranges import check_ranges
-from shards.remote.url import check_url
+from shards.remote.url import check_url, is_url
 
 
 def opt(default: Any, doc: str) -> Any:
@@ -264,6 +264,7 @@ def _check(config: Config) -> None:
     check_order(config.data)
     for key in ("shards", "features"):
         check_url(getattr(data, key), f"data.{key}")
+    _require(not is_url(config.output_dir), "output_dir", config.output_dir, "give a folder: runs are written here")
     check_model(config)
     _require(len(data.labels) > 0, "data.labels", list(data.labels), "name at least one label of the manifest")
     _require(len(set(data.labels)) == len(data.labels), "data.labels", list(data.labels), "name each label once")

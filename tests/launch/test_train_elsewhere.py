@@ -1,4 +1,4 @@
-"""Two ranks train from a web server as from the folder, and each sample is sent once."""
+"""Two ranks with two decoding processes each train from a web server as from the folder; each sample is sent once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def test_two_ranks(tmp_path: Path) -> None:
     config = str(write_tiny(tmp_path, folder, train={"epochs": 2, "batch_size": 6, "precision": "fp32"}))
     assert msmil("train", config, "--ranks", "2", "--quiet").returncode == 0
     with serving(folder) as server:
-        cache = [f"data.cache_dir={tmp_path / 'cache'}", "data.cache_gb=0.1"]
-        done = msmil("train", config, "name=there", f"data.shards={server.url}", *cache, "--ranks", "2", "--quiet")
+        data = [f"shards={server.url}", f"cache_dir={tmp_path / 'cache'}", "cache_gb=0.1", "workers=2"]
+        options = ["name=there", *(f"data.{word}" for word in data)]
+        done = msmil("train", config, *options, "--ranks", "2", "--quiet")
         assert done.returncode == 0, done.stderr
         manifest = read_manifest(folder)
         used = np.concatenate([manifest.rows("train"), manifest.rows("val")])

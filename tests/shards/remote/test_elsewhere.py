@@ -26,7 +26,6 @@ from shards.remote.coming import Coming
 from shards.remote.folder import RemoteOptions
 from shards.stream import evaluation_stream, train_plan, train_stream
 from shards.types import Batch
-from shards.workers import start_server
 from tests.archives import LABELS
 from tests.elsewhere import only, pack_large, times_sent
 from tests.features import make_features
@@ -146,23 +145,6 @@ class TestRequests:
         assert len(here) < len(manifest.rows("train"))
         assert times_sent(manifest, server).tolist() == only(manifest, here)
 
-    @pytest.mark.slow
-    def test_two_ranks_with_two_workers_each_fetch_nothing_twice(
-        self, folder: Path, manifest: Manifest, server: FileServer
-    ) -> None:
-        context = start_server()
-        results = context.SimpleQueue()
-        ranks = [context.Process(target=_rank, args=(manifest, rank, results)) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(DEADLINE_S)
-            assert process.exitcode == 0
-        found = dict(results.get() for _ in ranks)
-        for rank in range(2):
-            assert found[rank] == hashes(training(read_manifest(folder), world=2, rank=rank))
-        assert times_sent(manifest, server).tolist() == only(manifest, manifest.rows("train"))
-
     def test_the_manifest_is_copied_once_and_again_when_it_changes(
         self, server: FileServer, options: RemoteOptions, manifest: Manifest
     ) -> None:
@@ -177,12 +159,6 @@ class TestRequests:
         again = pickle.loads(pickle.dumps(manifest))
         assert len(server.sent) == before
         assert again.place == manifest.place == server.url
-
-
-def _rank(manifest: Manifest, rank: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    batches = training(manifest, world=2, rank=rank, node_ranks=(0, 1), workers=2)
-    results.put((rank, hashes(batches)))
 
 
 class TestAhead:

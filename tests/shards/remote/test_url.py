@@ -50,3 +50,9 @@ def test_a_secret_is_refused_and_not_repeated(address: str, held: str, tmp_path:
     with pytest.raises(UserError, match=held) as caught:
         read_manifest(address)
     assert "secret" not in str(caught.value)
+
+
+def test_runs_are_written_to_folders(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text("output_dir: s3://bucket/runs\n")
+    with pytest.raises(UserError, match="output_dir is 's3://bucket/runs'"):
+        load_config(tmp_path / "experiment.yaml")
