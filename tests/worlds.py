@@ -56,6 +56,14 @@ def world(module: str, arguments: Sequence[str], *, ranks: int, deadline_s: floa
     assert ended.code == 0, f"rank {ended.first} of {module} ended with {ended.code}; what it printed is above"
 
 
+def torchrun(module: str, arguments: Sequence[str], *, ranks: int, deadline_s: float = 120) -> str:
+    """The same, started by torchrun; gives what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
+    done = run([*command, *arguments], deadline_s=deadline_s)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 def msmil(*arguments: str, launcher: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in this process, since Python with torch takes seconds to start.
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.runs import zero
 from tests.experiments import write_tiny
-from tests.worlds import torchrun
+from tests.worlds import world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -38,7 +38,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> dict[str, An
     ]
     file = folder / "legs.json"
     file.write_text(json.dumps(legs))
-    torchrun("tests.distributed.volumes", [str(file)], ranks=2, deadline_s=300)
+    world("tests.distributed.volumes", [str(file)], ranks=2, deadline_s=300)
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in ENGINES}
 
 

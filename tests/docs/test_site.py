@@ -56,7 +56,7 @@ def test_every_option_has_its_row(site: Path) -> None:
 def test_every_command_has_its_arguments(site: Path) -> None:
     html = text(site, "reference/commands")
     for name, command in commands(build_parser()).items():
-        section = html.partition(f'<h2 id="msmil-{name}">')[2].partition("<h2")[0]
+        section = html.partition(f'<h2 id="msmil-{name.replace(" ", "-")}">')[2].partition("<h2")[0]
         assert section, name
         flags = [
             flag for action in command._actions if action.help != argparse.SUPPRESS for flag in action.option_strings

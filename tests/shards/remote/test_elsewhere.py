@@ -139,7 +139,7 @@ class TestRequests:
         """Two ranks of four are here; what the others need is not fetched."""
         plan = train_plan(manifest, **ORDER)
         columns = rank_columns(8, 4, [2, 3], 1)
-        here = np.unique(plan.batches[0][:, columns])
+        here = np.unique(plan.rows_GB[:, columns])
         for rank in (2, 3):
             hashes(training(manifest, world=4, rank=rank, node_ranks=(2, 3)))
         assert len(here) < len(manifest.rows("train"))
@@ -164,7 +164,7 @@ class TestRequests:
 class TestAhead:
     def test_a_batch_is_there_before_it_is_read(self, manifest: Manifest) -> None:
         """Where the network keeps up, the loop never waits but for the first batch."""
-        rows_GB, _ = train_plan(manifest, **ORDER).batches
+        rows_GB = train_plan(manifest, **ORDER).rows_GB
         cache = manifest.remote.cache()
         with ShardReader(manifest, Coming(rows_GB.reshape(-1), rows_GB.shape[1])) as reader:
             for g in range(len(rows_GB)):
@@ -222,7 +222,7 @@ class TestBroken:
         assert len(server.gets()) == 2
 
     def test_the_error_stands_in_its_place_in_the_order(self, folder: Path, tmp_path: Path, options) -> None:
-        rows_GB, _ = train_plan(read_manifest(folder), **ORDER).batches
+        rows_GB = train_plan(read_manifest(folder), **ORDER).rows_GB
         row = int(rows_GB[4][0])
         copy = tmp_path / "broken"
         copy.mkdir()
