@@ -25,6 +25,8 @@ from msmil.models.backbone import set_trainable
 from tests.archives import LABELS
 from tests.experiments import TINY
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs" / "experiment").rglob("*.yaml"))
 NAMES = [str(file.relative_to(ROOT)) for file in FILES]
@@ -135,7 +137,6 @@ def test_rows_of_the_paper_share_its_recipe() -> None:
         assert model.deep_supervision
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_one_world")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_one_takes_a_training_step(name: str, tmp_path: Path, packed: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from tests.benchmarks.manifest import in_a_fresh_process, write_rows
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_a_million_images_cost_a_worker_less_than_50_mb(tmp_path: Path) -> None:
     folder = write_rows(tmp_path, 1_000_000)
     in_a_fresh_process("open", folder)

@@ -12,6 +12,8 @@ from msmil.config_io import config_from_dict
 from tests.benchmarks.memory import main, network_as_trained, peak_bytes, step_bytes
 from tests.experiments import TINY
 
+pytestmark = pytest.mark.slow
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
@@ -26,7 +28,6 @@ def test_tensors_without_numbers_take_what_real_ones_take() -> None:
     assert computed[1] > 1.5 * computed[0]
 
 
-@pytest.mark.slow
 def test_a_row_of_the_readme_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--only", "FPN-AbMIL, last 8 blocks train", "--images", "1"])
     *_, row = capsys.readouterr().out.splitlines()

@@ -13,6 +13,8 @@ from launch.cli import main
 from tests.experiments import write_tiny
 from tests.runs import reset
 
+pytestmark = pytest.mark.slow
+
 Capture = pytest.CaptureFixture[str]
 
 
@@ -61,7 +63,6 @@ def test_drawn_images_need_no_data(tmp_path: Path, capsys: Capture) -> None:
     assert "GFLOP per image" in said
 
 
-@pytest.mark.slow
 def test_the_loader_is_measured_beside_bare_decoding(packed: Path, capsys: Capture) -> None:
     assert main(["bench", "loader", str(packed), "--images", "16", "--rounds", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -11,6 +11,8 @@ from tests.docs.alone import one_rank_in_this_process
 from tests.experiments import write_tiny
 from tests.worlds import msmil
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tmp_path: Path, packed: Path) -> str:
@@ -56,7 +58,6 @@ def test_what_does_not_fit_together_is_one_line(config: str, words: list[str], n
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_two_ranks_send_what_the_formula_says(config: str) -> None:
     done = msmil("bench", "scaling", config, "--ranks", "2", "--steps", "2", "--json")
     assert done.returncode == 0, done.stderr

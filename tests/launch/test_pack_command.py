@@ -15,6 +15,8 @@ from launch.cli import build_parser
 from shards.manifest import read_manifest
 from tests.archives import GroupedArchive, write_csv
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

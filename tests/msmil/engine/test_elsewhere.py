@@ -20,6 +20,8 @@ from tests.experiments import write_tiny
 from tests.runs import reset
 from tests.servers import FileServer, serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -20,6 +20,8 @@ from msmil.reporting.report import build_report
 from msmil.reporting.run_files import read_run, run_names
 from tests.run_folders import LABELS, SECRET, Page, make_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +269,6 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert run_names(folders[:1]) == ["fold_0"]
 
 
-@pytest.mark.slow
 def test_a_report_needs_no_torch(run: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from launch.cli import main; code = main(sys.argv[1:]); sys.exit(code or 'torch' in sys.modules)"
