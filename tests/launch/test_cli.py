@@ -166,4 +166,4 @@ def test_other_shells_read_their_script(shell: str, tmp_path: Path) -> None:
         pytest.skip(f"no {shell} here")
     file = tmp_path / "script"
     file.write_text(text, encoding="utf-8")
-    subprocess.run([program, "--no-execute", str(file)], check=True, timeout=60)
+    subprocess.run([program, "-n", str(file)], check=True, timeout=60)
