@@ -22,6 +22,8 @@ from tests.archives import (
     pack_grouped,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def save(path: Path, array: np.ndarray) -> None:
     Image.fromarray(array).save(path)

@@ -17,6 +17,8 @@ from shards.phantoms.scanner import GREY_CURVES, expose
 from shards.phantoms.texture import BETA, random_fields
 from shards.types import Box, Laterality, View
 
+pytestmark = pytest.mark.slow
+
 DEMO = Canvas(384, 240)
 SEED = 5
 

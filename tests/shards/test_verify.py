@@ -24,6 +24,8 @@ from shards.tars import TarWriter
 from shards.types import SampleRecord
 from shards.verify import verify
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(packed: Path, tmp_path: Path) -> Path:

@@ -13,6 +13,8 @@ import torch
 
 from msmil.models.backbone import build_backbone
 
+pytestmark = pytest.mark.slow
+
 PX = 224
 CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("efficientnet_b0", {}, (8, 16, 32), (40, 112, 320)),
