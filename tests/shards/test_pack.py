@@ -33,6 +33,8 @@ from tests.archives import (
     write_csv,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shared_archive(tmp_path_factory: pytest.TempPathFactory) -> GroupedArchive:

@@ -22,6 +22,8 @@ from shards.phantoms.exam import SIDES, VIEWS
 from shards.sources.grouped_table import read_grouped_table
 from shards.sources.phantom import IMAGES_NAME, SETTINGS_NAME, TABLE_NAME, PhantomReport, write_phantoms
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {"exams": {"training": 5, "test": 2}, "height_px": 96, "width_px": 64, "seed": 3}
 
 
@@ -95,7 +97,6 @@ def test_the_report_counts_what_was_written(archive: PhantomReport) -> None:
     assert f"{'images':34}{20:>10}{8:>8}" in str(archive)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_bytes_do_not_depend_on_the_number_of_processes(archive: PhantomReport, tmp_path: Path, processes: int) -> None:
     make(tmp_path, processes=processes)

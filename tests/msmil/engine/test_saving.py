@@ -21,6 +21,8 @@ from shards.errors import UserError
 from tests.experiments import write_tiny
 from tests.runs import Killed, reset
 
+pytestmark = pytest.mark.slow
+
 
 def saver(**more: Any) -> Saver:
     return Saver(**({"every_minutes": 0.0} | more))
