@@ -192,7 +192,9 @@ class TrainConfig:
         2, "engine: deepspeed: what is divided among the ranks: nothing, moments, gradients too, weights too"
     )
     offload_optimizer: bool = opt(False, "engine: deepspeed: moments and the update are kept on the CPU (stages 1-3)")
-    precision: Literal["fp32", "bf16", "fp16"] = opt("bf16", "autocast type over fp32 parameters; fp16 needs a GPU")
+    precision: Literal["fp32", "bf16", "fp16"] = opt(
+        "bf16", "autocast type over fp32 parameters; fp16 needs a GPU; fp32 computes without TF32"
+    )
     encoder: Literal["finetune", "frozen"] = opt("finetune", "train the backbone, or keep it in eval mode")
     head_warmup_epochs: int = opt(0, "epochs at the start in which the backbone is frozen")
     trainable_blocks: Literal["all"] | int = opt("all", "how many of the backbone's last blocks train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,19 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are composed, and saved as one grey pixel: where nobody looks at them, drawing them takes longest."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
+
+
+@pytest.fixture
+def alone_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process is the only rank, on one thread of a CPU; accelerate knows nothing of tests before and behind."""
+    import torch
+
+    from tests.runs import reset
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    reset()
+    yield
+    torch.set_num_threads(threads)
+    reset()

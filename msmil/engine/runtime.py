@@ -171,7 +171,7 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
     _require_deepspeed()
     # DeepSpeed calls collectives by names that torch is about to change
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
-    handlers = [InitProcessGroupKwargs(timeout=_backend_timeout(config))]
+    backend = "nccl"
     if not use_gpu:
         if torch.cuda.is_available():
             fix = "unset ACCELERATE_USE_CPU, or set train.engine: ddp"
@@ -181,7 +181,7 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ["DS_ACCELERATOR"] = "cpu"
         _build_no_operators()
-        handlers = [InitProcessGroupKwargs(backend="gloo", timeout=_backend_timeout(config))]
+        backend = "gloo"
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(key, value)  # a single process that no launcher started
     if os.environ["WORLD_SIZE"] == "1":
@@ -192,7 +192,7 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
         mixed_precision="no",
         gradient_accumulation_steps=config.accumulation,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, micro_batch=config.batch_size // parts)),
-        kwargs_handlers=handlers,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=_backend_timeout(config))],
     )
 
 

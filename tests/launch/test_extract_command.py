@@ -7,12 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from launch.cli import parse
 from launch.evaluate import _config as evaluated_config
@@ -25,21 +23,10 @@ from tests.faults.test_full_disk import fill
 from tests.msmil.engine.test_train import reset
 from tests.worlds import ROOT, children_running, environment, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu")]
 
 # two images to a shard: enough shards to be killed between two of them
 MANY = ["--images-per-shard", "2"]
-
-
-@pytest.fixture(autouse=True)
-def _one_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    reset()
-    yield
-    torch.set_num_threads(threads)
-    reset()
 
 
 def tiny(folder: Path, packed: Path, **sections: Any) -> str:

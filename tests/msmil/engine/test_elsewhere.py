@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import msmil.engine.train as engine
 from launch.cli import main
@@ -20,18 +19,7 @@ from tests.experiments import write_tiny
 from tests.runs import reset
 from tests.servers import FileServer, serving
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    reset()
-    yield
-    reset()
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu")]
 
 
 def trained(folder: Path, shards: str, **data: object) -> Path:

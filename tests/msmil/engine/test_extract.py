@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,21 +33,10 @@ from tests.archives import contents, make_grouped_archive, pack_grouped
 from tests.experiments import write_tiny
 from tests.msmil.engine.test_train import reset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu")]
 
 FROZEN = {"train": {"encoder": "frozen"}, "bags": {"augment": {"horizontal_flip": 0, "vertical_flip": 0}}}
 FP32 = Storage(dtype="fp32", zstd=False, images_per_shard=16)
-
-
-@pytest.fixture(autouse=True)
-def _one_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    reset()
-    yield
-    torch.set_num_threads(threads)
-    reset()
 
 
 def frozen(folder: Path, shards: Path, **sections: Any) -> Config:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from msmil.config_io import load_config
@@ -19,8 +16,9 @@ from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.train import train
 from tests.experiments import write_tiny
+from tests.runs import reset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu", "blank_figures")]
 
 TILES = {"instances": "tiles", "tile_size_px": 32}
 MIXED = {"pooling": "mean", "region_pooling": "attention", "probability": "entmax_alpha", "mil_encoder": "isab"}
@@ -50,22 +48,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_world(monkeypatch: pytest.MonkeyPatch, blank_figures: None) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _reset()
-    yield
-    torch.set_num_threads(threads)
-    _reset()
-
-
-def _reset() -> None:
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._shared_state.clear()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_variant_trains_and_is_evaluated(name: str, tmp_path: Path, packed: Path) -> None:
     model, loss, maps = CASES[name]
@@ -75,7 +57,7 @@ def test_a_variant_trains_and_is_evaluated(name: str, tmp_path: Path, packed: Pa
     config = load_config(file)
     check_experiment(config, world=1)
     train(config, Runtime(config.train))
-    _reset()
+    reset()
     folder = RunFolder(tmp_path / "runs" / "tiny")
     evaluate(config, folder, Runtime(config.train), split="test", checkpoint="latest")
     results = json.loads((folder.metrics / "test.json").read_text())
