@@ -6,6 +6,7 @@ little larger. H W pixels.
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any, Final, Literal
 
@@ -24,7 +25,8 @@ CODECS: Final[tuple[Codec, ...]] = ("png", "zstd")
 EXTENSION: Final[dict[str, str]] = {"png": "png", "zstd": "npy.zst"}
 
 _ZSTD_LEVEL: Final = 3
-_PIL_MODES: Final = {"L": np.uint8, "I;16": np.uint16}
+_NPY_HEADER_BYTES: Final = 128  # of a grey image: numpy pads to a multiple of 64
+_PIL_MODES: Final = ("L", "I;16")  # uint8, uint16
 
 
 def encode(image_HW: Pixels, codec: Codec) -> bytes:
@@ -45,15 +47,15 @@ def encode(image_HW: Pixels, codec: Codec) -> bytes:
     return compressed
 
 
-def decode(data: bytes, codec: Codec, *, expect_hw: tuple[int, int], dtype: npt.DTypeLike, name: str) -> Pixels:
-    """Bytes as pixels [H, W].
+def decode(data: bytes, codec: Codec, *, expect_hw: tuple[int, int], dtype: npt.DTypeLike, name: object) -> Pixels:
+    """Bytes as pixels [H, W], not to be written to.
 
     Args:
         data: what `encode` gave.
         codec: the codec it was given.
         expect_hw: the height and width that the image must have.
         dtype: uint8 or uint16, which it must have.
-        name: what the error calls the image, for example "shard-000000.tar, sample abc".
+        name: what the error calls the image as a text, for example "shard-000000.tar, sample abc".
 
     Raises:
         UserError: the bytes are no such image.
@@ -75,12 +77,22 @@ def _decode_png(data: bytes) -> Pixels:
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         if image.mode not in _PIL_MODES:
             raise ValueError(f"not grey: mode {image.mode}")
-        return np.array(image, dtype=_PIL_MODES[image.mode])
+        return np.asarray(image)
 
 
 def _decode_zstd(data: bytes) -> Pixels:
     raw = zstandard.ZstdDecompressor().decompress(data)
-    array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
-    if array.ndim != 2 or array.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"holds {array.dtype} of shape {array.shape}")
-    return array
+    shape, dtype, start = _npy_header(raw[:_NPY_HEADER_BYTES])
+    return np.frombuffer(raw, dtype, offset=start).reshape(shape)
+
+
+@functools.lru_cache(maxsize=16)  # it is a Python expression, and all images of a folder have the same
+def _npy_header(head: bytes) -> tuple[tuple[int, int], np.dtype[Any], int]:
+    """Shape, type, and where the pixels begin in a .npy of this head."""
+    file = io.BytesIO(head)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("is not of version 1.0 of .npy")
+    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+    if len(shape) != 2 or by_column or dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"holds {dtype} of shape {shape}")
+    return shape, dtype, file.tell()

@@ -63,7 +63,7 @@ def encode(levels: Mapping[int, Tensor], dtype: FeatureType, *, zstd: bool) -> b
 
 
 def decode(
-    data: bytes, shapes: Mapping[int, tuple[int, ...]], dtype: FeatureType, *, zstd: bool, name: str
+    data: bytes, shapes: Mapping[int, tuple[int, ...]], dtype: FeatureType, *, zstd: bool, name: object
 ) -> dict[int, Tensor]:
     """Bytes as the levels of one image, in the type they are stored in.
 
@@ -72,7 +72,7 @@ def decode(
         shapes: of the wanted levels; others that are stored are left out.
         dtype: the type that they must have.
         zstd: whether it was compressed.
-        name: what errors call the image.
+        name: what errors call the image, as a text.
 
     Raises:
         UserError: the bytes are no such file, or hold another shape or type.

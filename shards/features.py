@@ -22,7 +22,7 @@ from shards.feature_codec import TYPES, FeatureType, decode
 from shards.files import atomic_file, sha256_file
 from shards.header import ShardInfo
 from shards.manifest import FEATURES_FORMAT, MANIFEST_NAME, os_errors_for_users
-from shards.members import MemberReader, Place, Places
+from shards.members import Called, MemberReader, Place, Places
 from shards.remote.coming import Coming
 from shards.remote.folder import Remote, RemoteOptions, fetch_manifest, named_elsewhere
 from shards.remote.url import as_path
@@ -147,7 +147,7 @@ class FeatureReader(MemberReader):
             UserError: the tar is missing, unreadable, truncated or changed, or the features are not as promised.
         """
         features = self.features
-        place, name = features.place(row), f"sample {features.key(row)} (row {row})"
+        place, name = features.place(row), Called(lambda: f"sample {features.key(row)} (row {row})")
         data = self._payload(place, name)
         header = features.header
         try:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
@@ -44,6 +44,18 @@ class Places(NamedTuple):
     offset_M: npt.NDArray[np.int64]
     num_bytes_M: npt.NDArray[np.int64]
     sha256_M32: npt.NDArray[np.uint8]
+
+
+class Called:
+    """What errors call a sample; it is looked up when an error is told, not for every sample that is read."""
+
+    __slots__ = ("_look_up",)
+
+    def __init__(self, look_up: Callable[[], str]) -> None:
+        self._look_up = look_up
+
+    def __str__(self) -> str:
+        return self._look_up()
 
 
 class MemberReader(ABC):
@@ -124,7 +136,7 @@ class MemberReader(ABC):
             self._members = RemoteMembers(remote, self._shards, self._error)
         return self._members
 
-    def _payload(self, place: Place, name: str) -> bytes:
+    def _payload(self, place: Place, name: Called) -> bytes:
         """The bytes at a place; `name` is what the errors call them.
 
         Raises:
@@ -142,7 +154,7 @@ class MemberReader(ABC):
         where = self._directory if self._remote is None else self._remote.url
         return UserError(thing, fix=fix or self._fix, file=f"{where}/{self._shards[shard].name}")
 
-    def _read_bytes(self, place: Place, name: str) -> bytes:
+    def _read_bytes(self, place: Place, name: Called) -> bytes:
         shard, offset, num_bytes, _ = place
         try:
             descriptor = self._open(shard)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from shards.codecs import CODECS, Pixels, decode
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.members import MemberReader, Place, Places
+from shards.members import Called, MemberReader, Place, Places
 from shards.remote.coming import Coming
 
 
@@ -32,7 +32,7 @@ class ShardReader(MemberReader):
         Raises:
             UserError: the tar is missing, unreadable, truncated or changed, or the image is not as the manifest says.
         """
-        place, name = Place(*self.manifest.location(row)), self._name(row)
+        place, name = Place(*self.manifest.location(row)), Called(lambda: self._name(row))
         data = self._payload(place, name)
         codec = self.manifest.codec
         assert codec in CODECS

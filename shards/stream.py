@@ -6,23 +6,21 @@ B images, H W pixels, K labels, M samples of this rank in order, G global batche
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from shards.errors import UserError
-from shards.feature_codec import TYPES
-from shards.features import FeatureReader, Features
+from shards.features import Features
 from shards.manifest import Manifest
 from shards.order import GroupBy, Sampling, train_plan
-from shards.plan import LastBatch, rank_columns, worker_batches
-from shards.reader import ShardReader
-from shards.remote.coming import Coming, coming, elsewhere
+from shards.plan import LastBatch, rank_columns
+from shards.remote.coming import elsewhere
+from shards.share import Failure, Share
+from shards.slots import SentBatch, slots_for
 from shards.types import Batch
 from shards.workers import check_shared_memory, start_server, start_worker
 
@@ -89,7 +87,7 @@ def train_stream(
     )
     assert 0 <= start_batch <= plan.num_batches
     columns = rank_columns(batch_size, world, [rank], accumulation)
-    share = _Share(
+    share = Share(
         manifest,
         labels=labels,
         row_M=plan.rows_GB[start_batch:, columns].reshape(-1),
@@ -125,7 +123,7 @@ def evaluation_stream(
     metrics count every image once.
     """
     assert batch_size >= 1
-    share = _Share(
+    share = Share(
         manifest,
         labels=labels,
         row_M=np.asarray(rows, np.int32),
@@ -154,126 +152,17 @@ def blank_batch(manifest: Manifest, size: int, *, labels: int, features: Feature
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """A UserError on its way out of a decoding process: a DataLoader keeps only the text of an exception."""
-
-    thing: str
-    fix: str
-    file: str | None
-
-
-class _Share(IterableDataset[Batch | _Failure]):
-    """Rows cut into batches of `size`; a decoding process makes whole batches of them, in turn with the others.
-
-    A process gets the rows of this rank, whether each counts, and the name of the manifest's folder: five bytes a row.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        labels: Sequence[str],
-        row_M: NDArray[np.int32],
-        counts_M: NDArray[np.bool_],
-        size: int,
-        features: Features | None = None,
-        images: bool = True,
-        on_error: Literal["stop", "skip"] = "stop",
-    ) -> None:
-        assert images or features is not None
-        manifest.label_NK(labels, row_M[:0])  # an unknown label is said here, before a process starts
-        self.manifest = manifest.packed()
-        self.labels = tuple(labels)
-        self.skips = on_error == "skip"
-        self.features = features
-        self.images = images
-        self.row_M = row_M
-        self.counts_M = counts_M
-        self.size = size
-        self.num_batches = -(-len(row_M) // size)
-        image_bytes = manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize if images else 0
-        self.num_bytes = size * (image_bytes + (0 if features is None else features.num_bytes))
-        self.coming: Coming | None = None
-
-    def expect(self, row_M: NDArray[np.int32], *, size: int) -> None:
-        """Fetch these rows, `size` to a batch, before they are used, where they lie elsewhere."""
-        self.coming = coming(row_M, size, self.manifest if self.images else None, self.features)
-
-    def __iter__(self) -> Iterator[Batch | _Failure]:
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        with ExitStack() as stack:
-            images = stack.enter_context(ShardReader(self.manifest, self.coming)) if self.images else None
-            features = None
-            if self.features is not None:
-                features = stack.enter_context(FeatureReader(self.features, self.coming))
-            for g in worker_batches(self.num_batches, 0, workers, worker):
-                for reader in (images, features):
-                    if reader is not None:
-                        reader.reach(g)
-                try:
-                    made: Batch | _Failure = self._batch(images, features, slice(g * self.size, (g + 1) * self.size))
-                except UserError as error:
-                    made = _Failure(error.thing, error.fix, error.file)
-                yield made
-
-    def _batch(self, images: ShardReader | None, features: FeatureReader | None, part: slice) -> Batch:
-        row_B, weight_B = self.row_M[part], self.counts_M[part].astype(np.float32)
-        broken: dict[int, str] = {}
-        image_B1HW = None if images is None else self._images(images, row_B, broken)
-        levels = None if features is None else self._levels(features, row_B, broken)
-        skipped = {place: text for place, text in broken.items() if weight_B[place] > 0}  # padding is in no epoch
-        weight_B[list(skipped)] = 0
-        return Batch(
-            image_B1HW=image_B1HW,
-            label_BK=torch.from_numpy(self.manifest.label_NK(self.labels, row_B)),
-            weight_B=torch.from_numpy(weight_B),
-            sample_B=torch.from_numpy(row_B.astype(np.int64)),
-            levels=levels,
-            skipped=skipped,
-        )
-
-    def _images(self, reader: ShardReader, row_B: NDArray[np.int32], broken: dict[int, str]) -> torch.Tensor:
-        manifest = self.manifest
-        image_B1HW = np.zeros((len(row_B), 1, manifest.height_px, manifest.width_px), manifest.dtype)
-        for place, row in enumerate(row_B.tolist()):
-            with self._skipping(place, broken):
-                image_B1HW[place, 0] = reader.read(row)
-        return torch.from_numpy(image_B1HW)
-
-    def _levels(
-        self, reader: FeatureReader, row_B: NDArray[np.int32], broken: dict[int, str]
-    ) -> dict[int, torch.Tensor]:
-        kind, shapes = TYPES[reader.features.header.dtype], reader.features.levels.items()
-        levels = {level: torch.zeros((len(row_B), *shape), dtype=kind) for level, shape in shapes}
-        for place, row in enumerate(row_B.tolist()):
-            with self._skipping(place, broken):
-                for level, stored in reader.read(row).items():
-                    levels[level][place] = stored
-        return levels
-
-    @contextmanager
-    def _skipping(self, place: int, broken: dict[int, str]) -> Iterator[None]:
-        """Write down why a sample cannot be read, where such samples are skipped."""
-        try:
-            yield
-        except UserError as error:
-            if not self.skips:
-                raise
-            broken[place] = f"{error.file}: {error.thing}"
-
-
-def _serve(share: _Share, *, workers: int, prefetch_batches: int, pin_memory: bool) -> Iterator[Batch]:
+def _serve(share: Share, *, workers: int, prefetch_batches: int, pin_memory: bool) -> Iterator[Batch]:
     workers = min(workers, share.num_batches)
     options: dict[str, Any] = {}
     if workers:
-        check_shared_memory(workers, (prefetch_batches + 1) * share.num_bytes)
+        check_shared_memory(workers, slots_for(prefetch_batches) * share.num_bytes)
         options = {
             "multiprocessing_context": start_server(),
             "worker_init_fn": start_worker,
             "prefetch_factor": prefetch_batches,
         }
+    share.prepare(workers=workers, prefetch_batches=prefetch_batches)
     loader = DataLoader(
         share,
         batch_size=None,
@@ -286,10 +175,10 @@ def _serve(share: _Share, *, workers: int, prefetch_batches: int, pin_memory: bo
     return _unwrapped(loader, workers)
 
 
-def _unwrapped(loader: DataLoader[Batch | _Failure], workers: int) -> Iterator[Batch]:
+def _unwrapped(loader: DataLoader[Batch | SentBatch | Failure], workers: int) -> Iterator[Batch]:
     try:
         for made in loader:
-            if isinstance(made, _Failure):
+            if isinstance(made, Failure):
                 raise UserError(made.thing, fix=made.fix, file=made.file)
             yield made
     except RuntimeError as error:

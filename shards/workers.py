@@ -22,12 +22,14 @@ import torch
 
 from shards.errors import UserError
 from shards.files import human_bytes
+from shards.host_memory import keep_freed_memory
 
 # What schedulers and terminals send to every process of a job. Only the training process answers: it saves and ends,
 # for which it needs its decoding processes alive.
 _NOT_OURS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _CHECK_EVERY_S: Final = 1.0
 _SHARED_MEMORY: Final = Path("/dev/shm")
+_KEPT_BYTES: Final = 256 << 20  # what decoding the largest mammogram takes, several times over
 
 # What a decoding process imports, with what torch, pyarrow and Pillow import only when they are first used (0.3 s in
 # each process if the server had not done it).
@@ -54,9 +56,11 @@ def start_server() -> ForkServerContext:
 
 
 def start_worker(worker: int) -> None:
-    """First thing in a decoding process: one thread, deaf to the job's signals, and gone with the training process."""
+    """First thing in a decoding process: one thread, freed memory kept, deaf to the job's signals, and gone with the
+    training process."""
     del worker
     torch.set_num_threads(1)
+    keep_freed_memory(_KEPT_BYTES)
     signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from msmil.config import Config
 from msmil.engine.doctor.machine import control_groups
-from msmil.engine.host_memory import trim
 from shards.errors import UserError
 from shards.files import human_bytes
+from shards.host_memory import trim
 
 _REQUEST: Final = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMG]iB)?")
 _UNITS: Final = {None: 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from msmil.config import TrainConfig
 from msmil.engine.environment import refuse_environment, task_variables
-from msmil.engine.host_memory import keep_freed_memory
 from msmil.engine.watchdog import END_GRACE_S, Watchdog, connect_to_launcher
 from shards.errors import UserError
+from shards.host_memory import keep_freed_memory
 
 
 class Runtime:

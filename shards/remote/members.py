@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from shards.cache import Claim
 from shards.errors import UserError
-from shards.members import Place
+from shards.members import Called, Place
 
 if TYPE_CHECKING:
     from shards.header import ShardInfo
@@ -45,7 +45,7 @@ class RemoteMembers:
         """Give up what is being tried again."""
         self._store.stop()
 
-    def payload(self, place: Place, name: str) -> bytes:
+    def payload(self, place: Place, name: Called) -> bytes:
         """The bytes at a place, whose digest is right; `name` is what the errors call them.
 
         Raises:
@@ -98,7 +98,7 @@ class RemoteMembers:
                     if _is(part, place.sha256):
                         claim.put(part)
 
-    def _fetch_one(self, place: Place, name: str) -> bytes:
+    def _fetch_one(self, place: Place, name: Called) -> bytes:
         start = place.offset_bytes
         for _ in range(_TRIES):
             data = self._store.read(self._shards[place.shard].name, start, start + place.num_bytes)
@@ -107,7 +107,7 @@ class RemoteMembers:
         thing = f"changed since it was packed: the checksum of {name} is another, {_TRIES} times in a row"
         raise self._error(place.shard, thing, None)
 
-    def _from_shard(self, place: Place, name: str) -> bytes:
+    def _from_shard(self, place: Place, name: Called) -> bytes:
         """The bytes at a place of a tar that is in the cache as a whole."""
         digest = bytes.fromhex(self._shards[place.shard].sha256)
         for _ in range(_TRIES):

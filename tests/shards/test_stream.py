@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from shards import stream as stream_module
 from shards.errors import UserError
 from shards.manifest import Manifest, read_manifest
 from shards.order import train_plan
 from shards.pack import pack
 from shards.reader import ShardReader
 from shards.recipes import AsIs
+from shards.share import Share
 from shards.sources.grouped_table import read_grouped_table
 from shards.stream import evaluation_stream, train_stream
 from shards.types import SPLITS, Batch
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(manifest):
 
 def test_too_little_shared_memory_is_said_before_the_loader_hangs(manifest, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=16, f_frsize=4096))
-    with pytest.raises(UserError, match=r"2 decoding processes need 147.5 kB .* 65.5 kB are free.*--shm-size"):
+    with pytest.raises(UserError, match=r"2 decoding processes need 196.6 kB .* 65.5 kB are free.*--shm-size"):
         training(manifest, workers=2)
     next(training(manifest, workers=0))
 
@@ -257,7 +257,7 @@ def test_too_little_shared_memory_is_said_before_the_loader_hangs(manifest, monk
 def test_what_is_sent_to_a_process_grows_by_a_few_bytes_a_sample(manifest):
     def sent(count: int) -> int:
         row_M, counts_M = np.zeros(count, np.int32), np.ones(count, np.bool_)
-        share = stream_module._Share(of_fold, labels=LABELS, row_M=row_M, counts_M=counts_M, size=8)
+        share = Share(of_fold, labels=LABELS, row_M=row_M, counts_M=counts_M, size=8)
         return len(pickle.dumps(share))
 
     of_fold = manifest.with_rows({split: np.arange(100_000) for split in SPLITS}, fingerprint="f")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +20,17 @@ from msmil.engine.bench.images import DIFFERENT, draw, pack_images
 from shards.codecs import CODECS, Codec, Pixels, decode
 from shards.errors import UserError
 from shards.files import human_bytes
+from shards.host_memory import keep_freed_memory
 from shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from shards.reader import ShardReader
+from shards.slots import slots_for
 from shards.stream import train_stream
 from shards.tables import aligned
 
 _CPU = torch.device("cpu")
-_BATCHES = 4  # at least, so that one process is measured in its stride
+_PREFETCH = 2
+_WARM_UP = slots_for(_PREFETCH)  # batches until a decoding process has written to all of its memory once
+_BATCHES = _WARM_UP + 8  # at least, so that it is measured in its stride
 
 
 def subject(text: str, overrides: Sequence[str]) -> Config:
@@ -46,11 +51,13 @@ def bench_loader(
     """Measure each codec on the same images, `say` a table, and return everything by name.
 
     Decoding alone is the limit. Beside it in the same rounds: the stream of training in this process (both in this
-    process's processor time), and from one decoding process (both by the clock on the wall), from its first batch on.
+    process's processor time, and of that the checksums), and from one decoding process (both by the clock on the
+    wall), once its memory is in use. This process keeps freed memory as decoding processes do.
 
     Raises:
         UserError: the data cannot be read, or hold too few images.
     """
+    keep_freed_memory()
     size = config.train.batch_size
     number = max(_BATCHES, -(-images // size)) * size
     chosen = list(_images(config, size_hw, number))
@@ -100,7 +107,7 @@ def _measure(manifest: Manifest, codec: Codec, *, size: int, rounds: int) -> dic
             last_batch="drop",
             block_shards=16,
             workers=workers,
-            prefetch_batches=2,
+            prefetch_batches=_PREFETCH,
             pin_memory=False,
         )
 
@@ -108,10 +115,15 @@ def _measure(manifest: Manifest, codec: Codec, *, size: int, rounds: int) -> dic
         for _ in stream(0):
             pass
 
+    def checksums() -> None:
+        for data in payloads:
+            hashlib.sha256(data).digest()
+
     def process_s() -> float:
-        """Seconds per image of one decoding process, from its first batch to its last."""
+        """Seconds per image of one decoding process, behind its first batches."""
         batches = stream(1)
-        next(batches)
+        for _ in range(_WARM_UP):
+            next(batches)
         start_s = time.perf_counter()
         rest = sum(len(batch.sample_B) for batch in batches)
         return (time.perf_counter() - start_s) / rest
@@ -122,13 +134,15 @@ def _measure(manifest: Manifest, codec: Codec, *, size: int, rounds: int) -> dic
     rows = []
     for _ in range(rounds):
         alone = seconds(bare, _CPU)
-        rows.append((alone.work / number, seconds(here, _CPU).work / number, alone.wall / number, process_s()))
-    bare_s, here_s, bare_wall_s, worker_s = (median(column) for column in zip(*rows, strict=True))
+        works = [seconds(action, _CPU).work / number for action in (here, checksums)]
+        rows.append((alone.work / number, *works, alone.wall / number, process_s()))
+    bare_s, here_s, checksum_s, bare_wall_s, worker_s = (median(column) for column in zip(*rows, strict=True))
     return {
         "bytes_per_image": sum(map(len, payloads)) / number,
         "bare_per_s": 1 / bare_s,
         "in_process_per_s": 1 / here_s,
         "in_process_of_limit": bare_s / here_s,
+        "checksum_share": checksum_s / here_s,
         "bare_per_s_wall": 1 / bare_wall_s,
         "one_worker_per_s": 1 / worker_s,
         "one_worker_of_limit": bare_wall_s / worker_s,
@@ -149,7 +163,8 @@ def _payloads(manifest: Manifest) -> list[bytes]:
 
 
 def _table(codecs: dict[str, dict[str, float]]) -> list[str]:
-    rows = [["images/s and core", "per image", "bare decode", "stream", "of it", "not decode", "one process", "of it"]]
+    heads = ("images/s and core", "per image", "bare decode", "stream", "of it", "not decode", "checksum")
+    rows = [[*heads, "one process", "of it"]]
     for codec, value in codecs.items():
         rows.append(
             [
@@ -159,6 +174,7 @@ def _table(codecs: dict[str, dict[str, float]]) -> list[str]:
                 f"{value['in_process_per_s']:.1f}",
                 f"{value['in_process_of_limit']:.0%}",
                 f"{max(0.0, 1 - value['in_process_of_limit']):.0%}",
+                f"{value['checksum_share']:.0%}",
                 f"{value['one_worker_per_s']:.1f}",
                 f"{value['one_worker_of_limit']:.0%}",
             ]

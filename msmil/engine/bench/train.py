@@ -25,19 +25,19 @@ from msmil.engine.bench.plain import (
     pixels_per_image,
     published_way,
 )
-from msmil.engine.host_memory import keep_freed_memory, return_freed_memory
 from msmil.engine.memory import resident_bytes
 from msmil.engine.pipeline import Pipeline, open_pipeline
 from msmil.engine.runtime import Runtime, gpu_in_use
 from shards.errors import UserError
 from shards.files import human_bytes
+from shards.host_memory import keep_freed_memory, return_freed_memory
 from shards.tables import aligned
 
 Say = Callable[[str], None]
 _MOST_IMAGES: Final = 1024
 _WARM_STEPS: Final = 3  # in which a GPU chooses its algorithms
 _PUBLISHED: Final = "published way: fp32, contiguous, eager, 3 channels, tiles of 512"
-_PUBLISHED_KEPT: Final = "published way, freed memory kept (see msmil/engine/host_memory.py)"
+_PUBLISHED_KEPT: Final = "published way, freed memory kept (see shards/host_memory.py)"
 
 
 @dataclass(frozen=True, kw_only=True)

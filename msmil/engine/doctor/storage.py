@@ -66,6 +66,8 @@ def check_shared_memory(config: Config, image_bytes: int | None, folder: Path = 
         image_bytes: of a stored image, None where no data are known.
         folder: where it is mounted.
     """
+    from shards.slots import slots_for
+
     workers = config.data.workers
     if not workers:
         return ok("/dev/shm", "not needed with data.workers: 0")
@@ -77,8 +79,8 @@ def check_shared_memory(config: Config, image_bytes: int | None, folder: Path = 
     text = f"{human_bytes(free)} free"
     if image_bytes is None:
         return ok("/dev/shm", text) if free >= _SHARED_BYTES else warning("/dev/shm", text, fix)
-    # all ranks together: every decoding process keeps its batches, and works on one
-    needed = workers * (config.data.prefetch_batches + 1) * config.train.batch_size * image_bytes
+    # all ranks together: they share the images of a global batch
+    needed = workers * slots_for(config.data.prefetch_batches) * config.train.batch_size * image_bytes
     text += f", batches need about {human_bytes(needed)}"
     return ok("/dev/shm", text) if free >= needed else broken("/dev/shm", text, fix)
 

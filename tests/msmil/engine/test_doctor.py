@@ -287,7 +287,7 @@ def test_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shared_memory(tmp_path: Path) -> None:
     config = settings(workers=2)
-    stands(check_shared_memory(config, 10**6, tmp_path), "ok", "48.0 MB")
+    stands(check_shared_memory(config, 10**6, tmp_path), "ok", "64.0 MB")
     stands(check_shared_memory(config, 10**15, tmp_path), "broken", "need about", "--shm-size")
     stands(check_shared_memory(config, None, tmp_path / "none"), "broken", "cannot be used")
     stands(check_shared_memory(settings(workers=0), 10**15, tmp_path), "ok", "not needed")

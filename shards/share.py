@@ -1,0 +1,173 @@
+"""Rows made into batches: read, decoded and put together, in a decoding process or in this one.
+
+B images, H W pixels, K labels, M samples of this rank in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
+
+from shards.codecs import Pixels
+from shards.errors import UserError
+from shards.feature_codec import TYPES
+from shards.features import FeatureReader, Features
+from shards.manifest import Manifest
+from shards.plan import worker_batches
+from shards.reader import ShardReader
+from shards.remote.coming import Coming, coming
+from shards.slots import SentBatch, Slots, slots_for
+from shards.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A UserError on its way out of a decoding process: a DataLoader keeps only the text of an exception."""
+
+    thing: str
+    fix: str
+    file: str | None
+
+
+class Share(IterableDataset[Batch | SentBatch | Failure]):
+    """Rows cut into batches of `size`; a decoding process makes whole batches of them, in turn with the others.
+
+    A process gets the rows of this rank, whether each counts, and the name of the manifest's folder: five bytes a row.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        labels: Sequence[str],
+        row_M: NDArray[np.int32],
+        counts_M: NDArray[np.bool_],
+        size: int,
+        features: Features | None = None,
+        images: bool = True,
+        on_error: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        assert images or features is not None
+        manifest.label_NK(labels, row_M[:0])  # an unknown label is said here, before a process starts
+        self.manifest = manifest.packed()
+        self.labels = tuple(labels)
+        self.skips = on_error == "skip"
+        self.features = features
+        self.images = images
+        self.row_M = row_M
+        self.counts_M = counts_M
+        self.size = size
+        self.num_batches = -(-len(row_M) // size)
+        image_bytes = manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize if images else 0
+        self.num_bytes = size * (image_bytes + (0 if features is None else features.num_bytes))
+        self.coming: Coming | None = None
+        self.slots: Slots | None = None
+
+    def expect(self, row_M: NDArray[np.int32], *, size: int) -> None:
+        """Fetch these rows, `size` to a batch, before they are used, where they lie elsewhere."""
+        self.coming = coming(row_M, size, self.manifest if self.images else None, self.features)
+
+    def prepare(self, *, workers: int, prefetch_batches: int) -> None:
+        """Take the memory for images that so many decoding processes (0: this one) use again and again."""
+        if self.images:
+            shape = (self.size, 1, self.manifest.height_px, self.manifest.width_px)
+            self.slots = Slots(
+                shape,
+                self.manifest.dtype,
+                writers=max(workers, 1),
+                per_writer=slots_for(prefetch_batches if workers else 0),
+                shared=workers > 0,
+            )
+
+    def __iter__(self) -> Iterator[Batch | SentBatch | Failure]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        with ExitStack() as stack:
+            images = stack.enter_context(ShardReader(self.manifest, self.coming)) if self.images else None
+            features = None
+            if self.features is not None:
+                features = stack.enter_context(FeatureReader(self.features, self.coming))
+            for g in worker_batches(self.num_batches, 0, workers, worker):
+                for reader in (images, features):
+                    if reader is not None:
+                        reader.reach(g)
+                part = slice(g * self.size, (g + 1) * self.size)
+                slot = None if self.slots is None else self.slots.claim(worker)
+                try:
+                    batch = self._batch(images, features, part, slot)
+                except UserError as error:
+                    yield Failure(error.thing, error.fix, error.file)
+                    continue
+                if slot is None:
+                    yield batch
+                    continue
+                assert self.slots is not None
+                if info is None:
+                    batch.image_B1HW = self.slots.tensor(slot, len(batch.sample_B))
+                    yield batch
+                else:
+                    yield self.slots.sent(slot, batch)
+
+    def _batch(
+        self, images: ShardReader | None, features: FeatureReader | None, part: slice, slot: int | None
+    ) -> Batch:
+        """The batch of these rows; its images are left out where they were written to a slot."""
+        row_B, weight_B = self.row_M[part], self.counts_M[part].astype(np.float32)
+        broken: dict[int, str] = {}
+        image_B1HW = None
+        if images is not None:
+            manifest = self.manifest
+            if slot is None or self.slots is None:
+                shape = (len(row_B), 1, manifest.height_px, manifest.width_px)
+                image_B1HW = torch.from_numpy(np.empty(shape, manifest.dtype))
+                self._write_images(images, row_B, broken, image_B1HW.numpy())
+            else:
+                self._write_images(images, row_B, broken, self.slots.pixels(slot, len(row_B)))
+        levels = None if features is None else self._levels(features, row_B, broken)
+        skipped = {place: text for place, text in broken.items() if weight_B[place] > 0}  # padding is in no epoch
+        weight_B[list(skipped)] = 0
+        return Batch(
+            image_B1HW=image_B1HW,
+            label_BK=torch.from_numpy(self.manifest.label_NK(self.labels, row_B)),
+            weight_B=torch.from_numpy(weight_B),
+            sample_B=torch.from_numpy(row_B.astype(np.int64)),
+            levels=levels,
+            skipped=skipped,
+        )
+
+    def _write_images(
+        self, reader: ShardReader, row_B: NDArray[np.int32], broken: dict[int, str], image_B1HW: Pixels
+    ) -> None:
+        for place, row in enumerate(row_B.tolist()):
+            with self._skipping(place, broken):
+                image_B1HW[place, 0] = reader.read(row)
+            if place in broken:
+                image_B1HW[place] = 0
+
+    def _levels(
+        self, reader: FeatureReader, row_B: NDArray[np.int32], broken: dict[int, str]
+    ) -> dict[int, torch.Tensor]:
+        kind, shapes = TYPES[reader.features.header.dtype], reader.features.levels.items()
+        levels = {level: torch.zeros((len(row_B), *shape), dtype=kind) for level, shape in shapes}
+        for place, row in enumerate(row_B.tolist()):
+            with self._skipping(place, broken):
+                for level, stored in reader.read(row).items():
+                    levels[level][place] = stored
+        return levels
+
+    @contextmanager
+    def _skipping(self, place: int, broken: dict[int, str]) -> Iterator[None]:
+        """Write down why a sample cannot be read, where such samples are skipped."""
+        try:
+            yield
+        except UserError as error:
+            if not self.skips:
+                raise
+            broken[place] = f"{error.file}: {error.thing}"

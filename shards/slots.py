@@ -1,0 +1,104 @@
+"""Memory for the images of batches, used again and again.
+
+A page of memory that a process touches for the first time costs the kernel more than the pixels that are written to
+it: twice for batches of decoding processes, which write them and the training process, which maps them. So each
+decoding process writes into a few slots of shared memory, made once. S slots, B images, H W pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from math import prod
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shards.codecs import Pixels
+from shards.types import Batch
+
+# A batch that the training process works on, and one that it makes ready.
+_IN_USE: Final = 2
+
+_numbers = itertools.count()
+_open: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
+
+
+def slots_for(prefetch_batches: int) -> int:
+    """How many slots a decoding process needs that keeps so many batches ready."""
+    return prefetch_batches + _IN_USE
+
+
+class Slots:
+    """Slots for batches of one size, some for each writer.
+
+    A writer claims a free slot and writes; the reader takes it as a tensor, and it is free again when nothing refers
+    to that tensor, a view of it included. Where a reader keeps more batches than there are slots, `claim` finds none,
+    and the writer takes fresh memory. It pickles into processes that are being started, as shared memory.
+
+    Args:
+        shape_b1hw: of the images of a whole batch.
+        dtype: uint8 or uint16.
+        writers: processes that write; 1 where this process does.
+        per_writer: slots of each.
+        shared: writers are other processes.
+    """
+
+    def __init__(self, shape_b1hw: tuple[int, ...], dtype: str, *, writers: int, per_writer: int, shared: bool) -> None:
+        self._shape, self._dtype, self._per_writer = shape_b1hw, np.dtype(dtype), per_writer
+        num_bytes = prod(shape_b1hw) * self._dtype.itemsize
+        self._memory_SB = torch.empty((writers * per_writer, num_bytes), dtype=torch.uint8)
+        self._taken_S = torch.zeros(writers * per_writer, dtype=torch.uint8)
+        if shared:
+            self._memory_SB.share_memory_()
+            self._taken_S.share_memory_()
+        self._number = next(_numbers)
+        _open[self._number] = self
+
+    def claim(self, writer: int) -> int | None:
+        """A free slot of this writer, taken from now on; None where there is none."""
+        start = writer * self._per_writer
+        free = np.flatnonzero(self._taken_S[start : start + self._per_writer].numpy() == 0)
+        if not len(free):
+            return None
+        slot = start + int(free[0])
+        self._taken_S[slot] = 1
+        return slot
+
+    def pixels(self, slot: int, images: int) -> Pixels:
+        """The first images of a slot, [B, 1, H, W], to be written."""
+        pixels_B: NDArray[np.uint8] = self._memory_SB[slot].numpy()
+        return pixels_B.view(self._dtype).reshape(self._shape)[:images]
+
+    def tensor(self, slot: int, images: int) -> torch.Tensor:
+        """The same as a tensor; with the last reference to it the slot is free."""
+        pixels_B1HW = self.pixels(slot, images)
+        # the tensor's storage, which all its views share, holds this one array
+        weakref.finalize(pixels_B1HW, _free, self._taken_S, slot).atexit = False
+        return torch.from_numpy(pixels_B1HW)
+
+    def sent(self, slot: int, batch: Batch) -> SentBatch:
+        """A batch of a writer, the images of which are found in a slot where it is unpickled."""
+        return SentBatch(self._number, slot, batch)
+
+
+class SentBatch:
+    """A batch without images on its way from a decoding process; it unpickles as the batch with those of its slot."""
+
+    def __init__(self, slots: int, slot: int, batch: Batch) -> None:
+        assert batch.image_B1HW is None
+        self._parts = (slots, slot, batch)
+
+    def __reduce__(self) -> tuple[object, tuple[int, int, Batch]]:
+        return _arrived, self._parts
+
+
+def _arrived(slots: int, slot: int, batch: Batch) -> Batch:
+    batch.image_B1HW = _open[slots].tensor(slot, len(batch.sample_B))
+    return batch
+
+
+def _free(taken_S: torch.Tensor, slot: int) -> None:
+    taken_S[slot] = 0
