@@ -54,7 +54,9 @@ class DdpEngine:
         if self.runtime.world == 1:
             return
         before = [buffer.clone() for buffer in self.module.buffers()]
-        self.backward(forward())
+        loss = forward()
+        with self.runtime.waiting():
+            self.backward(loss)
         with torch.no_grad():
             for buffer, value in zip(self.module.buffers(), before, strict=True):
                 buffer.copy_(value)

@@ -67,8 +67,8 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Wrap model and optimizer for this world; only parameters that train now take part."""
-        with warnings.catch_warnings():
+        """Wrap model and optimizer for this world, all ranks together; only parameters that train now take part."""
+        with warnings.catch_warnings(), self.waiting():
             # torch >= 2.14 has another word for it, which older ones and accelerate do not know
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             return cast("tuple[Any, Any]", self.accelerator.prepare(model, optimizer))

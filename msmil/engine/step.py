@@ -95,6 +95,7 @@ class Stepper:
         set_trainable(module, blocks)
         self._optimizer = build_optimizer(module, pipeline.config.optim)
         self.engine = make_engine(pipeline, module, self._optimizer, moments=moments, loss_scale=loss_scale)
+        self._forward_waits = self.engine.divides_weights or pipeline.config.train.batch_norm == "sync"
         self._moved = _moving_statistics(module) if pipeline.config.train.batch_norm == "train" and blocks else []
         self.engine.settle(lambda: self._forward(self._blank_batch(), epoch=0, step=0, micro=0).total)
 
@@ -133,8 +134,7 @@ class Stepper:
             rows.append(batch.sample_B.tolist())
             broken += batch.skipped.values()
             with self.engine.micro_step(last=micro == config.train.accumulation - 1):
-                with self._runtime.waiting() if self.engine.divides_weights else nullcontext():
-                    parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
+                parts = self._forward(batch, epoch=epoch, step=step, micro=micro)
                 timer.mark("forward")
                 own_s = timer.total_s
                 with self._runtime.waiting():
@@ -178,11 +178,9 @@ class Stepper:
         config, device = self.pipeline.config, self.pipeline.runtime.device
         model_input = self.pipeline.model_input(batch, self.pipeline.bag(batch, epoch=epoch))
         seed_micro_step(config.seed, step, micro, self.pipeline.runtime.rank)
-        output = self.engine(
-            **model_input,
-            uniform_mix=self.schedule.uniform_mix(step),
-            **self.loss.asks,
-        )
+        mix = self.schedule.uniform_mix(step)
+        with self._runtime.waiting() if self._forward_waits else nullcontext():
+            output = self.engine(**model_input, uniform_mix=mix, **self.loss.asks)
         parts: LossParts = self.loss(
             output,
             to_device(batch.label_BK, device),

@@ -62,9 +62,11 @@ def verdict(before: Mapping[int, Beat], now: Mapping[int, Beat], waited_s: float
             return f"no rank went on for {waited_s:.0f} s, and all answer: they wait for each other", set()
         who = {rank for rank, beat in now.items() if beat.waits == fewest}
         what = f"kept the others waiting for {waited_s:.0f} s (alive, but behind)"
-    first = min(who)
-    more = f" and {len(who) - 1} more" if len(who) > 1 else ""
-    return f"rank {first} ({now[first].place}){more} {what}", who
+    return f"rank {min(who)} ({now[min(who)].place}){_more(who)} {what}", who
+
+
+def _more(who: set[int]) -> str:
+    return f" and {len(who) - 1} more" if len(who) > 1 else ""
 
 
 class Watchdog:
@@ -89,7 +91,7 @@ class Watchdog:
         self._store = connect()
         self._keys = [f"msmil/beat/{rank}" for rank in range(world)]
         self._tell()
-        self._store.wait(self._keys, timedelta(seconds=timeout_s))
+        self._meet()
         self._thread = threading.Thread(target=self._watch, name="msmil watchdog", daemon=True)
         self._thread.start()
 
@@ -111,6 +113,16 @@ class Watchdog:
         """Stop watching."""
         self._over.set()
         self._thread.join(_ANSWER_S)
+
+    def _meet(self) -> None:
+        """Wait until every rank has told something; one that has not is known by its number alone."""
+        try:
+            self._store.wait(self._keys, timedelta(seconds=self.timeout_s))
+        except RuntimeError:
+            silent = {rank for rank, key in enumerate(self._keys) if not self._store.check([key])}
+            if silent:  # else it came at the last moment
+                text = f"rank {min(silent)}{_more(silent)} did not answer within {self.timeout_s:.0f} s of the start"
+                self._speak(text, silent, None)
 
     def _tell(self) -> None:
         self._count += 1

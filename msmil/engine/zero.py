@@ -86,6 +86,10 @@ class ZeroEngine:
         """Adam's moments and step counts by parameter name, whole. All ranks have to call it."""
         if self._stage == 0:
             return optimizer_tensors(self.module, self._base)
+        with self.runtime.waiting():
+            return self._whole_moments()
+
+    def _whole_moments(self) -> dict[str, Tensor]:
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         found: dict[str, Tensor] = {}
         for parameters, flat in self._groups():
@@ -104,7 +108,7 @@ class ZeroEngine:
             return self._copies()
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+        with self.runtime.waiting(), deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             return self._copies()
 
     def _copies(self) -> dict[str, Tensor]:

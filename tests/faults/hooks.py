@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from msmil.engine.ddp import DdpEngine
 from msmil.engine.losses import BagLoss, LossParts
+from msmil.engine.runtime import Runtime
 from msmil.engine.step import Stepper, StepReport
 from shards.errors import UserError
 
@@ -55,6 +57,29 @@ def hanging_step(rank: int, folder: Path) -> None:
         return call(self, *arguments, **more)
 
     Stepper.__call__ = hangs  # type: ignore[method-assign]
+
+
+def stopped_in_the_settling_step(rank: int, folder: Path) -> None:
+    """SIGSTOP of rank 1 in DDP's backward that is thrown away, with rank 0 in front of its all-reduce or in it."""
+    stop_rank_1(DdpEngine, "backward", rank, folder)
+
+
+def stopped_while_the_engine_is_made(rank: int, folder: Path) -> None:
+    """SIGSTOP of rank 1 in front of DeepSpeed's initialisation, which tells all ranks the weights of rank 0."""
+    stop_rank_1(Runtime, "prepare", rank, folder)
+
+
+def stop_rank_1(owner: type, name: str, rank: int, folder: Path) -> None:
+    """It stops where it would call this method for the first time."""
+    method = getattr(owner, name)
+
+    def stops(*arguments: Any, **more: Any) -> Any:
+        if rank == 1:
+            (folder / "stopped_at").write_text(name)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return method(*arguments, **more)
+
+    setattr(owner, name, stops)
 
 
 def stop_request_in_step_2(rank: int, folder: Path) -> None:

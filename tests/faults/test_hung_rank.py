@@ -15,6 +15,7 @@ import pytest
 from launch.ranks import EXIT_HUNG
 from msmil.engine.watchdog import EXIT_HUNG as ENGINES_EXIT_HUNG
 from tests.experiments import write_tiny
+from tests.faults.launcher import Launcher
 from tests.worlds import ROOT, alive, children_running, environment, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -64,6 +65,27 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(
         assert "Traceback" not in err
     else:
         assert process.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "fault"),
+    [("ddp", "stopped_in_the_settling_step"), ("deepspeed", "stopped_while_the_engine_is_made")],
+)
+def test_a_rank_that_stops_before_the_first_step_is_named_too(
+    launcher: Launcher, tmp_path: Path, packed: Path, engine: str, fault: str
+) -> None:
+    config = write_tiny(tmp_path, packed, train={"timeout_s": TIMEOUT_S, "engine": engine, "zero_stage": 3})
+    started = launcher.start(config, fault=f"tests.faults.hooks:{fault}")
+    stopped = started.folder / "stopped_at"
+    wait_for(stopped.exists, deadline_s=60)
+    start_s = time.monotonic()
+    wait_for(lambda: not alive(started.pids[0]), deadline_s=4 * TIMEOUT_S)
+    assert time.monotonic() - start_s > TIMEOUT_S / 2
+    started.send(signal.SIGKILL, 1)
+    assert launcher.wait(started) == [EXIT_HUNG, -signal.SIGKILL]
+    said = (started.folder / "hung.txt").read_text()
+    assert re.fullmatch(rf"rank 1 \(pid {started.pids[1]} on .+\) did not answer within \d+ s", said), said
+    assert started.place(1) == "start"
 
 
 def rank_of(pid: int) -> int:

@@ -85,6 +85,13 @@ def test_a_rank_that_fell_silent_is_named_by_the_first_one_that_waits(world: Any
     assert all(text.startswith("rank 0 (pid ") and "did not answer within" in text for text in said)
 
 
+def test_a_rank_that_tells_nothing_at_the_start_is_named_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, said = HashStore(), []
+    monkeypatch.setattr(watchdog, "end", lambda text, log_file: said.append(text))
+    Watchdog(0, 2, lambda: store, timeout_s=TIMEOUT_S).close()
+    assert said == ["rank 1 did not answer within 1 s of the start"]
+
+
 def test_a_rank_that_does_not_come_is_named_although_it_answers(world: Any) -> None:
     ranks, said = world
     with ranks[0].waiting(), ranks[2].waiting():
