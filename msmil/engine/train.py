@@ -77,6 +77,7 @@ def stepper_of_epoch(run: Run, epoch: int) -> Stepper:
     if before is not None:
         run.moments, run.loss_scale = before.engine.moments(), before.engine.loss_scale
         run.network = bare_again(run, before.engine)
+    sizes = [p.numel() for p in run.network.parameters()]  # ZeRO-3 leaves a rank none of it
     stepper = Stepper(
         run.pipeline,
         run.network,
@@ -89,7 +90,7 @@ def stepper_of_epoch(run: Run, epoch: int) -> Stepper:
         request=run.request,
         saver=run.saver,
     )
-    trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
+    trained = sum(size for p, size in zip(run.network.parameters(), sizes, strict=True) if p.requires_grad)
     log.info("epoch %d: %s of the backbone's blocks train, %.3f M parameters in all", epoch, blocks, trained / 1e6)
     run.moments = {}
     return stepper

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from msmil.engine.optim import load_optimizer_tensors, optimizer_tensors
 from msmil.engine.runtime import Runtime
+from msmil.types import BagOutput
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 
@@ -44,6 +45,8 @@ class ZeroEngine:
         if stage == 0:
             load_optimizer_tensors(module, optimizer, moments)
         runtime.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = clip_grad_norm
+        if self.divides_weights:  # DeepSpeed's hooks find tensors in a dict, not in a class of ours; see __call__
+            module.register_forward_hook(lambda _module, _inputs, output: vars(output))
         self._engine, _ = runtime.prepare(module, optimizer)
         self._zero: Any = self._engine.optimizer
         if stage > 0:
@@ -54,9 +57,10 @@ class ZeroEngine:
     def settle(self, forward: Callable[[], Tensor]) -> None:
         """Nothing: ZeRO's buckets follow the order of parameters from the first step on."""
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, **arguments: Any) -> BagOutput:
         """Forward, in the precision of the configuration."""
-        return self._engine(**arguments)
+        output = self._engine(**arguments)
+        return BagOutput(**output) if self.divides_weights else output
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
         """DeepSpeed counts micro-steps itself."""

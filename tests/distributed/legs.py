@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -53,6 +54,8 @@ def train_leg(leg: dict[str, Any]) -> None:
     if leg.get("refused"):
         write_refusals(config, runtime, leg["out"])
         return
+    warned: list[str] = []
+    logging.getLogger("DeepSpeed").addHandler(handler := _Keeps(warned))
     run = open_run(config, runtime)
     dtype = getattr(torch, leg.get("dtype", "float32"))
     if dtype == torch.float64:
@@ -73,8 +76,9 @@ def train_leg(leg: dict[str, Any]) -> None:
         sorted(sample for part in ranks for sample in part)
         for ranks in zip(*runtime.gather(told["samples"]), strict=True)
     ]
+    logging.getLogger("DeepSpeed").removeHandler(handler)
     if runtime.is_main:
-        Path(leg["out"]).write_text(json.dumps(told))
+        Path(leg["out"]).write_text(json.dumps(told | {"warned": warned}))
         torch.save(gradients, f"{leg['out']}.gradients")
     if run.tracker is not None:
         run.tracker.close()
@@ -164,6 +168,17 @@ def keep_gradients(engine: Engine, gradients: dict[str, torch.Tensor]) -> None:
         return update(*arguments, **more)
 
     engine.update = look  # type: ignore[method-assign]
+
+
+class _Keeps(logging.Handler):
+    """Keeps the warnings of a logger."""
+
+    def __init__(self, warned: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.warned = warned
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warned.append(record.getMessage())
 
 
 def _with_threshold(config: dict[str, Any], threshold: int | None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Told:
 
     seen: samples of weight 1 that the run has counted; predictions: see legs.predict_all.
     due: for each rank, the steps behind which it saw that a checkpoint is due by the clock.
+    warned: what DeepSpeed warned of on rank 0.
     """
 
     world: int
@@ -38,6 +39,7 @@ class Told:
     due: list[list[int]]
     gradients: dict[str, Tensor]
     seen: int
+    warned: list[str]
     predictions: dict[str, Any] = field(default_factory=dict)
 
 

@@ -58,6 +58,20 @@ def test_gradients_losses_and_samples_are_those_of_one_rank(runs: Runs, ranks: i
             assert difference <= bound * gradient.norm(), f"{key}: {difference / gradient.norm():.1e}"
 
 
+def test_deepspeed_knows_the_types_that_modules_take_and_give(runs: Runs) -> None:
+    """ZeRO-3 hooks a backward at the tensors that it finds in them, and warns of a type where it finds none."""
+    assert runs.told("zero3").warned == []
+
+
+def test_the_log_tells_how_many_parameters_train(runs: Runs) -> None:
+    """Where weights are divided, a rank no longer has them."""
+    lines = [(runs.folder / "runs" / name / "log.txt").read_text().splitlines() for name in ("ddp", "zero3")]
+    ddp, zero3 = ([line for line in log if "blocks train" in line] for log in lines)
+    assert ddp[0].endswith("M parameters in all")
+    assert "0.000 M" not in ddp[0]
+    assert [line.partition("epoch")[2] for line in ddp] == [line.partition("epoch")[2] for line in zero3]
+
+
 def test_in_bf16_engines_differ_by_its_rounding(runs: Runs) -> None:
     """bf16 has eight bits of mantissa: losses of 20 steps agree to 1 %."""
     one = runs.told("one").losses
