@@ -11,6 +11,7 @@ from typing import Any
 import msmil.engine.train as training
 from msmil.engine.ddp import DdpEngine
 from msmil.engine.step import Stepper
+from msmil.engine.zero import ZeroEngine
 
 _WIDTH = 40
 
@@ -48,8 +49,9 @@ def mark_places(file: Path) -> None:
     write(place)
     call = Stepper.__call__
     Stepper.__call__ = step  # type: ignore[method-assign]
-    for name, what in (("__call__", "forward"), ("backward", "backward"), ("update", "update")):
-        inside(DdpEngine, name, what)
+    for engine in (DdpEngine, ZeroEngine):
+        for name, what in (("__call__", "forward"), ("backward", "backward"), ("update", "update")):
+            inside(engine, name, what)
     for name, what in (("save", "save"), ("validate", "validation")):
         inside(training, name, what)
 

@@ -1,6 +1,7 @@
 """SIGKILL of one rank at moments drawn uniformly over a run, many times: every run must end as an unbroken one.
 
     python -m tests.faults.soak --kills 200 --record tests/faults/soak_record.md
+    python -m tests.faults.soak --kills 30 --zero-stages 1 2 3
 
 A run is started, one of its ranks is killed at a moment drawn uniformly over the seconds that an unbroken run takes
 now, and it is started again until it ends. Its weights, moments and averaged weights are then compared with those of
@@ -18,8 +19,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from msmil.engine.checkpoint_state import newest
 from shards.pack import pack
@@ -28,10 +31,34 @@ from shards.sources.grouped_table import read_grouped_table
 from tests.archives import LABELS, make_grouped_archive
 from tests.faults.experiments import write_full
 from tests.faults.launcher import Launcher, Started, digests, half_written, left_behind, poll
-from tests.faults.soak_record import Kill, Soak, write_record
+from tests.faults.soak_record import DDP, Kill, Soak, write_record
 
 _MEASURED_AGAIN = 15  # runs of a kind later, since the machine may be busier then
 _END_S = 300.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is the same in runs that are compared, and decoding processes."""
+
+    engine: str
+    ranks: int
+    workers: int
+
+    @property
+    def train(self) -> dict[str, Any]:
+        """Words of the train section."""
+        if self.engine == DDP:
+            return {}
+        stage = int(self.engine[-1])
+        return {"engine": "deepspeed", "zero_stage": stage} | ({"ema_decay": 0.0} if stage == 3 else {})
+
+
+def kind_of(number: int, stages: Sequence[int]) -> Kind:
+    """The kind of a run: under DDP on 2 or 3 ranks, some with decoding processes; or the stages of ZeRO in turn."""
+    if stages:
+        return Kind(f"ZeRO {stages[number % len(stages)]}", 2, 0)
+    return Kind(DDP, 3 if number % 4 == 3 else 2, 1 if number % 16 == 5 else 0)
 
 
 @dataclass(frozen=True)
@@ -46,12 +73,12 @@ class Whole:
 class Killer:
     """Kills and restarts runs, and keeps the books."""
 
-    def __init__(self, launcher: Launcher, folder: Path, seed: int) -> None:
-        self.launcher, self.folder = launcher, folder
+    def __init__(self, launcher: Launcher, folder: Path, seed: int, stages: Sequence[int]) -> None:
+        self.launcher, self.folder, self.stages = launcher, folder, stages
         self.draw = random.Random(seed)
-        self.soak = Soak(kills=[], runs=0, identical=0, unbroken=0, left_behind=0, failed_starts=[])
-        self._wholes: dict[tuple[int, int], Whole] = {}
-        self._runs: Counter[tuple[int, int]] = Counter()
+        self.soak = Soak(kills=[], ends=[], unbroken=0, left_behind=0, failed_starts=[])
+        self._wholes: dict[Kind, Whole] = {}
+        self._runs: Counter[Kind] = Counter()
         archive = make_grouped_archive(folder / "archive", exams=24)
         rows = read_grouped_table(archive.table, archive.images)
         self.packed = folder / "shards"
@@ -59,15 +86,21 @@ class Killer:
 
     def run(self, number: int, kills: int) -> None:
         """One run, killed until it ends, or, once `kills` have struck in all, left alone."""
-        ranks, workers = 3 if number % 4 == 3 else 2, 1 if number % 16 == 5 else 0
-        whole = self.whole(ranks, workers)
+        kind = kind_of(number, self.stages)
+        whole = self.whole(kind)
         name = f"run_{number}"
-        config = write_full(self.folder, self.packed, name)
+        config = write_full(self.folder, self.packed, name, train=kind.train)
         checkpoints = self.folder / "runs" / name / "checkpoints"
         own: list[Kill] = []
         while True:
-            start = Kill(run=number, ranks=ranks, workers=workers, start=step_saved(checkpoints))
-            started = self.launcher.start(config, f"data.workers={workers}", ranks=ranks)
+            start = Kill(
+                run=number,
+                engine=kind.engine,
+                ranks=kind.ranks,
+                workers=kind.workers,
+                start=step_saved(checkpoints),
+            )
+            started = self.launcher.start(config, f"data.workers={kind.workers}", ranks=kind.ranks)
             struck = self.strike(started, whole.seconds, start) if len(self.soak.kills) + len(own) < kills else None
             codes = self.launcher.wait(started, deadline_s=_END_S)
             self.count_left_behind(started)
@@ -76,15 +109,21 @@ class Killer:
                     self.soak.failed_starts.append(f"run {number}: {codes}: {started.said()[-500:]}")
                     continue
                 break
-            others = [code for rank, code in enumerate(codes) if rank != struck.rank]
-            left = bool(half_written(started, checkpoints))
-            own.append(replace(struck, others=tuple(others), half_written=left, goes_on=step_saved(checkpoints)))
+            others = [rank for rank in range(kind.ranks) if rank != struck.rank]
+            own.append(
+                replace(
+                    struck,
+                    others=tuple(codes[rank] for rank in others),
+                    traceback=any("Traceback" in started.said(rank) for rank in others),
+                    half_written=bool(half_written(started, checkpoints)),
+                    goes_on=step_saved(checkpoints),
+                )
+            )
         found = newest(checkpoints)
         assert found is not None
         same = digests(found) == whole.digests and step_saved(checkpoints) == whole.step
         self.soak.kills += [replace(kill, identical=same) for kill in own]
-        self.soak.runs += 1
-        self.soak.identical += same
+        self.soak.ends.append((kind.engine, same))
 
     def strike(self, started: Started, seconds: float, kill: Kill) -> Kill | None:
         """Kill a rank at a moment; None when the run has ended by then."""
@@ -93,26 +132,28 @@ class Killer:
         started.send(signal.SIGKILL, rank)  # nothing happens to one that has ended and is not waited for yet
         return replace(kill, rank=rank, moment_s=moment_s, place=started.place(rank))
 
-    def whole(self, ranks: int, workers: int) -> Whole:
+    def whole(self, kind: Kind) -> Whole:
         """The unbroken run of a kind, measured when it was not yet, and again after some runs."""
-        kind = ranks, workers
         before = self._wholes.get(kind)
         self._runs[kind] += 1
         if before is not None and self._runs[kind] % _MEASURED_AGAIN:
             return before
         name = f"unbroken_{self.soak.unbroken}"
         begin_s = time.monotonic()
-        config = write_full(self.folder, self.packed, name)
-        started = self.launcher.start(config, f"data.workers={workers}", ranks=ranks)
+        config = write_full(self.folder, self.packed, name, train=kind.train)
+        started = self.launcher.start(config, f"data.workers={kind.workers}", ranks=kind.ranks)
         codes = self.launcher.wait(started, deadline_s=_END_S)
-        assert codes == [0] * ranks, started.said()
+        assert codes == [0] * kind.ranks, started.said()
         seconds = time.monotonic() - begin_s
         checkpoints = self.folder / "runs" / name / "checkpoints"
         found = newest(checkpoints)
         assert found is not None
         whole = Whole(seconds, digests(found), step_saved(checkpoints))
-        for (others, _), other in self._wholes.items():
-            assert others != ranks or (whole.digests, whole.step) == (other.digests, other.step)
+        for one, other in self._wholes.items():
+            assert (one.engine, one.ranks) != (kind.engine, kind.ranks) or (whole.digests, whole.step) == (
+                other.digests,
+                other.step,
+            )
         self.soak.unbroken += 1
         self._wholes[kind] = whole
         return whole
@@ -137,14 +178,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--record", type=Path, default=Path("tests/faults/soak_record.md"))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--zero-stages", type=int, nargs="*", default=[], help="under DeepSpeed, these in turn")
     args = parser.parse_args(argv)
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak_") as name:
-        killer = Killer(Launcher(Path(name) / "worlds"), Path(name), args.seed)
+        killer = Killer(Launcher(Path(name) / "worlds"), Path(name), args.seed, args.zero_stages)
         for number in itertools.count():
             killer.run(number, args.kills)
             soak = killer.soak
-            write_record(args.record, soak, wanted=args.kills, seed=args.seed, seconds=time.monotonic() - begin_s)
+            command = f"python -m tests.faults.soak --kills {args.kills} --seed {args.seed}"
+            if args.zero_stages:
+                command += f" --zero-stages {' '.join(map(str, args.zero_stages))}"
+            write_record(args.record, soak, command=command, seconds=time.monotonic() - begin_s)
             print(f"{len(soak.kills)} kills, {soak.identical} of {soak.runs} runs identical", flush=True)
             if len(soak.kills) >= args.kills:
                 break

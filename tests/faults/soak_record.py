@@ -12,11 +12,18 @@ from pathlib import Path
 
 from tests.faults.places import step_of
 
-_PACKAGES = ("torch", "accelerate", "timm", "safetensors")
+_PACKAGES = ("torch", "accelerate", "deepspeed", "timm", "safetensors")
+DDP = "DDP"
+_ZERO_HEADING = "## The same under DeepSpeed's ZeRO"  # its part of the file, behind the one of DDP
+_SETTINGS = {
+    True: "DDP over gloo, with dropout, augmentation, averaged weights and 2 accumulation steps",
+    False: "DeepSpeed over gloo, its stages in turn, with dropout, augmentation, averaged weights (not under stage 3) "
+    "and 2 accumulation steps",
+}
 _WORDS = """\
 SIGKILL of one rank, drawn at random, at a moment drawn uniformly over the seconds that an unbroken run takes; then the
-same command again, until the run ends. DDP over gloo, with dropout, augmentation, averaged weights and 2 accumulation
-steps, a save every 2 steps. Compared are the bytes of weights, moments and averaged weights. When a rank has died, the
+same command again, until the run ends. SETTINGS,
+a save every 2 steps. Compared are the bytes of weights, moments and averaged weights. When a rank has died, the
 launcher sends SIGTERM to the others, as torchrun does: they end by that signal (while they start, or once they have
 noticed that the connection to the dead rank broke and wait for their launcher) or by themselves, with exit code 1; by
 SIGKILL those that have not ended half a minute later. Step 0 is a start from scratch."""
@@ -28,6 +35,7 @@ class Kill:
     """One kill: of which start, when, where the rank was, how the others ended, what was left on the disk.
 
     start, goes_on: the steps that the killed start and the one behind it went on from, 0 for a fresh one.
+    traceback: whether another rank printed one.
     """
 
     run: int
@@ -40,47 +48,76 @@ class Kill:
     others: tuple[int, ...] = ()
     half_written: bool = False
     goes_on: int = 0
+    traceback: bool = False
     identical: bool = False
+    engine: str = DDP
 
 
 @dataclass
 class Soak:
-    """What was counted."""
+    """What was counted; `ends` has the engine of each run, and whether it ended as the unbroken one."""
 
     kills: list[Kill]
-    runs: int
-    identical: int
+    ends: list[tuple[str, bool]]
     unbroken: int
     left_behind: int
     failed_starts: list[str]
 
+    @property
+    def engines(self) -> set[str]:
+        """Those that were soaked."""
+        return {engine for engine, _ in self.ends}
 
-def write_record(file: Path, soak: Soak, *, wanted: int, seed: int, seconds: float) -> None:
-    """Write the record as Markdown."""
+    @property
+    def runs(self) -> int:
+        """How many were killed until they ended."""
+        return len(self.ends)
+
+    @property
+    def identical(self) -> int:
+        """How many of them ended as the unbroken one."""
+        return sum(same for _, same in self.ends)
+
+
+def write_record(file: Path, soak: Soak, *, command: str, seconds: float) -> None:
+    """Write the record as Markdown; one of DDP leaves that of ZeRO in the file, and the other way round."""
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    ddp, _, zero = before.partition(_ZERO_HEADING)
+    if soak.engines <= {DDP}:
+        ddp = f"# A soak: one rank killed, again and again\n{record(soak, command, seconds)}"
+    else:
+        zero = f"\n{record(soak, command, seconds)}"
+    file.write_text(ddp.strip() + (f"\n\n{_ZERO_HEADING}{zero}" if zero else "\n"), encoding="utf-8")
+
+
+def record(soak: Soak, command: str, seconds: float) -> str:
+    """What was run, what was counted, and each kill."""
     kills = soak.kills
     totals = [
-        ("kills", f"{len(kills)} (asked for: {wanted})"),
+        ("kills", len(kills)),
         ("runs, each killed until it ended", soak.runs),
         ("of them bit-identical to the unbroken run", f"**{soak.identical} of {soak.runs}**"),
-        ("unbroken runs, all of one number of ranks identical", soak.unbroken),
+        *((f"of {engine}: kills; runs bit-identical", _of_engine(soak, engine)) for engine in sorted(soak.engines)),
+        ("unbroken runs, all of one engine and number of ranks identical", soak.unbroken),
         ("kills of a world of 2 ranks, of 3 ranks", _counts(kill.ranks for kill in kills)),
         ("kills with a decoding process per rank", sum(kill.workers > 0 for kill in kills)),
         ("kills of rank 0, 1, 2", _counts(kill.rank for kill in kills)),
         ("where the killed rank was", _counts(_inside(kill.place) for kill in kills)),
+        ("kills inside a save, or that left a half-written checkpoint", sum(map(_in_a_save, kills))),
         ("kills that left a half-written checkpoint", sum(kill.half_written for kill in kills)),
         ("how the other ranks ended", _counts(_ENDED.get(code, str(code)) for kill in kills for code in kill.others)),
+        ("kills behind which another rank printed a traceback", sum(kill.traceback for kill in kills)),
         ("kills behind which the run went on from a checkpoint", sum(kill.goes_on > 0 for kill in kills)),
         ("processes left behind", soak.left_behind),
         ("starts that failed without a kill", len(soak.failed_starts)),
     ]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     lines = [
-        "# A soak: one rank killed, again and again",
         "",
-        f"`python -m tests.faults.soak --kills {wanted} --seed {seed}`: {seconds / 60:.0f} minutes on "
+        f"`{command}`: {seconds / 60:.0f} minutes on "
         f"{len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}, {versions}.",
         "",
-        _WORDS,
+        _WORDS.replace("SETTINGS", _SETTINGS[soak.engines <= {DDP}]),
         "",
         "| | |",
         "|---|---|",
@@ -97,13 +134,22 @@ def write_record(file: Path, soak: Soak, *, wanted: int, seed: int, seconds: flo
         *(f"| {number} | {_row(kill)} |" for number, kill in enumerate(kills, 1)),
         "",
     ]
-    file.write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
+
+
+def _of_engine(soak: Soak, engine: str) -> str:
+    ends = [same for one, same in soak.ends if one == engine]
+    return f"{sum(kill.engine == engine for kill in soak.kills)}; {sum(ends)} of {len(ends)}"
+
+
+def _in_a_save(kill: Kill) -> bool:
+    return kill.half_written or _inside(kill.place) == "save"
 
 
 def _row(kill: Kill) -> str:
     cells = [
         kill.run,
-        kill.ranks,
+        kill.ranks if kill.engine == DDP else f"{kill.ranks}, {kill.engine}",
         kill.workers,
         kill.start,
         kill.rank,
