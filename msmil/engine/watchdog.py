@@ -14,17 +14,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 EXIT_HUNG: Final = 75  # sysexits.h: a failure that passes, try again
 END_GRACE_S: Final = 60.0  # how much later the backend's own timeout comes: a second net
 _LARGEST_INTERVAL_S: Final = 10.0
-_ANSWER_S: Final = 30.0  # of the store
+_ANSWER_S: Final = 30.0  # of the store, at most
 _SECOND_SPEAKER_S: Final = 5.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Watchdog:
         self._place = f"pid {os.getpid()} on {socket.gethostname()}"
         self._store = connect()
         self._keys = [f"msmil/beat/{rank}" for rank in range(world)]
-        self._tell()
+        self._answer_s = min(_ANSWER_S, timeout_s)
         self._meet()
         self._thread = threading.Thread(target=self._watch, name="msmil watchdog", daemon=True)
         self._thread.start()
@@ -115,14 +117,21 @@ class Watchdog:
         self._thread.join(_ANSWER_S)
 
     def _meet(self) -> None:
-        """Wait until every rank has told something; one that has not is known by its number alone."""
+        """Tell, and wait until every rank has told something; one that has not is known by its number alone."""
+        patience = timedelta(seconds=self.timeout_s)
         try:
-            self._store.wait(self._keys, timedelta(seconds=self.timeout_s))
-        except RuntimeError:
-            silent = {rank for rank, key in enumerate(self._keys) if not self._store.check([key])}
-            if silent:  # else it came at the last moment
-                text = f"rank {min(silent)}{_more(silent)} did not answer within {self.timeout_s:.0f} s of the start"
-                self._speak(text, silent, None)
+            answered(self._tell, self._answer_s)
+            try:
+                answered(lambda: self._store.wait(self._keys, patience), self.timeout_s + self._answer_s)
+            except RuntimeError:
+                if silent := answered(self._silent, self._answer_s):  # else the last one has just come
+                    who = f"rank {min(silent)}{_more(silent)}"
+                    self._speak(f"{who} did not answer within {self.timeout_s:.0f} s of the start", silent, None)
+        except (RuntimeError, TimeoutError):
+            end(_no_store(self.timeout_s), None)
+
+    def _silent(self) -> set[int]:
+        return {rank for rank, key in enumerate(self._keys) if not self._store.check([key])}
 
     def _tell(self) -> None:
         self._count += 1
@@ -139,18 +148,20 @@ class Watchdog:
             begun_s = self._since_s
             waited_s = 0.0 if begun_s is None else time.monotonic() - begun_s
             try:
-                self._tell()
+                answered(self._tell, self._answer_s)
                 if waited_s < self.timeout_s / 2:
                     before = None
                 elif before is None or begun_s != since_s:  # a new wait has its own beginning
-                    before, since_s = self._heard(), begun_s
+                    before, since_s = answered(self._heard, self._answer_s), begun_s
                 elif waited_s > self.timeout_s:
-                    self._speak(*verdict(before, self._heard(), waited_s), begun_s)
+                    self._speak(*verdict(before, answered(self._heard, self._answer_s), waited_s), begun_s)
                     before = None
-            except RuntimeError:  # torch's DistStoreError and DistNetworkError
+            except (RuntimeError, TimeoutError):  # torch's DistStoreError and DistNetworkError, and ours
+                if begun_s is None or begun_s != self._since_s:  # what it waited for has come
+                    continue
+                waited_s = time.monotonic() - begun_s
                 if waited_s > self.timeout_s:
-                    text = f"the store of the launcher (or of rank 0) did not answer within {waited_s:.0f} s"
-                    end(text, self.log_file)
+                    end(_no_store(waited_s), self.log_file)
 
     def _speak(self, text: str, blamed: set[int], begun_s: float | None) -> None:
         """The first rank that is not to blame has the word; the next ones follow only if it does not end the world."""
@@ -159,6 +170,29 @@ class Watchdog:
             return
         if self._since_s == begun_s:  # it still waits
             end(text, self.log_file)
+
+
+def answered(ask: Callable[[], _T], within_s: float) -> _T:
+    """What `ask` gives, asked in a thread of its own: where the process that holds the store is stopped, as rank 0 may
+    be, torch's client waits for ever, whatever its timeout.
+
+    Raises:
+        TimeoutError: there was no answer.
+    """
+    answer: Future[_T] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=call, name="msmil watchdog asks", daemon=True).start()
+    return answer.result(within_s)
+
+
+def _no_store(waited_s: float) -> str:
+    return f"the store of the launcher (or of rank 0) did not answer within {waited_s:.0f} s"
 
 
 def end(text: str, log_file: Path | None) -> None:

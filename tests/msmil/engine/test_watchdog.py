@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ class Ended(Exception):
     """In place of the end of the process."""
 
 
+class SilentStore:
+    """A store that lets its clients wait for ever once it is silent, as that of a stopped process does."""
+
+    def __init__(self) -> None:
+        self.store, self.silent = HashStore(), threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        if self.silent.is_set():
+            threading.Event().wait()
+        self.store.set(key, value)
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        self.store.wait(keys, timeout)
+
+
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Watchdog], list[str]]]:
     """Three ranks in one process, and what was said."""
@@ -90,6 +106,19 @@ def test_a_rank_that_tells_nothing_at_the_start_is_named_by_its_number(monkeypat
     monkeypatch.setattr(watchdog, "end", lambda text, log_file: said.append(text))
     Watchdog(0, 2, lambda: store, timeout_s=TIMEOUT_S).close()
     assert said == ["rank 1 did not answer within 1 s of the start"]
+
+
+def test_a_store_that_does_not_answer_is_named_where_rank_0_may_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watchdog, "end", lambda text, log_file: said.append(text))
+    store = SilentStore()
+    one = Watchdog(0, 1, lambda: store, timeout_s=TIMEOUT_S)
+    store.silent.set()
+    with one.waiting():
+        time.sleep(2 * TIMEOUT_S)
+    one.close()
+    assert said
+    assert said[0].startswith("the store of the launcher (or of rank 0) did not answer within")
 
 
 def test_a_rank_that_does_not_come_is_named_although_it_answers(world: Any) -> None:
