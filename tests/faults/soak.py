@@ -1,7 +1,7 @@
 """SIGKILL of one rank at moments drawn uniformly over a run, many times: every run must end as an unbroken one.
 
     python -m tests.faults.soak --kills 200 --record tests/faults/soak_record.md
-    python -m tests.faults.soak --kills 30 --zero-stages 1 2 3
+    python -m tests.faults.soak --kills 30 --aimed 3 --zero-stages 1 2 3
 
 A run is started, one of its ranks is killed at a moment drawn uniformly over the seconds that an unbroken run takes
 now, and it is started again until it ends. Its weights, moments and averaged weights are then compared with those of
@@ -30,7 +30,7 @@ from shards.recipes import AsIs
 from shards.sources.grouped_table import read_grouped_table
 from tests.archives import LABELS, make_grouped_archive
 from tests.faults.experiments import write_full
-from tests.faults.launcher import Launcher, Started, digests, half_written, left_behind, poll
+from tests.faults.launcher import Launcher, Started, digests, half_written, kill_inside_a_save, left_behind, poll
 from tests.faults.soak_record import DDP, Kill, Soak, write_record
 
 _MEASURED_AGAIN = 15  # runs of a kind later, since the machine may be busier then
@@ -73,8 +73,8 @@ class Whole:
 class Killer:
     """Kills and restarts runs, and keeps the books."""
 
-    def __init__(self, launcher: Launcher, folder: Path, seed: int, stages: Sequence[int]) -> None:
-        self.launcher, self.folder, self.stages = launcher, folder, stages
+    def __init__(self, launcher: Launcher, folder: Path, seed: int, stages: Sequence[int], aimed: int) -> None:
+        self.launcher, self.folder, self.stages, self.aimed = launcher, folder, stages, aimed
         self.draw = random.Random(seed)
         self.soak = Soak(kills=[], ends=[], unbroken=0, left_behind=0, failed_starts=[])
         self._wholes: dict[Kind, Whole] = {}
@@ -101,7 +101,11 @@ class Killer:
                 start=step_saved(checkpoints),
             )
             started = self.launcher.start(config, f"data.workers={kind.workers}", ranks=kind.ranks)
-            struck = self.strike(started, whole.seconds, start) if len(self.soak.kills) + len(own) < kills else None
+            struck = None
+            if not own and number < self.aimed:
+                struck = aimed_at_a_save(started, checkpoints, start)
+            elif len(self.soak.kills) + len(own) < kills:
+                struck = self.strike(started, whole.seconds, start)
             codes = self.launcher.wait(started, deadline_s=_END_S)
             self.count_left_behind(started)
             if struck is None or codes[struck.rank] != -signal.SIGKILL:
@@ -166,6 +170,12 @@ class Killer:
             self.soak.left_behind += len(left_behind(started))
 
 
+def aimed_at_a_save(started: Started, checkpoints: Path, kill: Kill) -> Kill:
+    """Kill rank 0 while a checkpoint lies there half-written."""
+    kill_inside_a_save(started, checkpoints, deadline_s=_END_S)
+    return replace(kill, rank=0, moment_s=time.time() - started.since_s, place=started.place(0), aimed=True)
+
+
 def step_saved(checkpoints: Path) -> int:
     """The step that the newest checkpoint's state names; 0 where there is none."""
     found = newest(checkpoints)
@@ -179,14 +189,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, default=Path("tests/faults/soak_record.md"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--zero-stages", type=int, nargs="*", default=[], help="under DeepSpeed, these in turn")
+    parser.add_argument("--aimed", type=int, default=0, help="first kills of so many runs that strike inside a save")
     args = parser.parse_args(argv)
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak_") as name:
-        killer = Killer(Launcher(Path(name) / "worlds"), Path(name), args.seed, args.zero_stages)
+        killer = Killer(Launcher(Path(name) / "worlds"), Path(name), args.seed, args.zero_stages, args.aimed)
         for number in itertools.count():
             killer.run(number, args.kills)
             soak = killer.soak
             command = f"python -m tests.faults.soak --kills {args.kills} --seed {args.seed}"
+            command += f" --aimed {args.aimed}" if args.aimed else ""
             if args.zero_stages:
                 command += f" --zero-stages {' '.join(map(str, args.zero_stages))}"
             write_record(args.record, soak, command=command, seconds=time.monotonic() - begin_s)

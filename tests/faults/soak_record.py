@@ -17,8 +17,8 @@ DDP = "DDP"
 _ZERO_HEADING = "## The same under DeepSpeed's ZeRO"  # its part of the file, behind the one of DDP
 _SETTINGS = {
     True: "DDP over gloo, with dropout, augmentation, averaged weights and 2 accumulation steps",
-    False: "DeepSpeed over gloo, its stages in turn, with dropout, augmentation, averaged weights (not under stage 3) "
-    "and 2 accumulation steps",
+    False: "DeepSpeed over gloo, its stages in turn, with dropout, augmentation, averaged weights\n"
+    "(not under stage 3) and 2 accumulation steps",
 }
 _WORDS = """\
 SIGKILL of one rank, drawn at random, at a moment drawn uniformly over the seconds that an unbroken run takes; then the
@@ -35,7 +35,7 @@ class Kill:
     """One kill: of which start, when, where the rank was, how the others ended, what was left on the disk.
 
     start, goes_on: the steps that the killed start and the one behind it went on from, 0 for a fresh one.
-    traceback: whether another rank printed one.
+    traceback: whether another rank printed one; aimed: whether it was not drawn, but waited for a save.
     """
 
     run: int
@@ -49,6 +49,7 @@ class Kill:
     half_written: bool = False
     goes_on: int = 0
     traceback: bool = False
+    aimed: bool = False
     identical: bool = False
     engine: str = DDP
 
@@ -104,6 +105,7 @@ def record(soak: Soak, command: str, seconds: float) -> str:
         ("kills of rank 0, 1, 2", _counts(kill.rank for kill in kills)),
         ("where the killed rank was", _counts(_inside(kill.place) for kill in kills)),
         ("kills inside a save, or that left a half-written checkpoint", sum(map(_in_a_save, kills))),
+        ("kills that were not drawn, but waited for a half-written checkpoint", sum(kill.aimed for kill in kills)),
         ("kills that left a half-written checkpoint", sum(kill.half_written for kill in kills)),
         ("how the other ranks ended", _counts(_ENDED.get(code, str(code)) for kill in kills for code in kill.others)),
         ("kills behind which another rank printed a traceback", sum(kill.traceback for kill in kills)),

@@ -21,6 +21,7 @@ from tests.worlds import ROOT, alive, children_running, environment, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TIMEOUT_S = 6
+SLOW_START_S = 15  # while real launchers start on a busy machine, one rank imports what another has long imported
 LAUNCHERS_PATIENCE_S = 30  # torch's, until it kills a process that does not end on SIGTERM
 COMMANDS = {
     "msmil train": ["-m", "launch.cli", "train", "CONFIG", "--ranks", "2"],
@@ -36,7 +37,7 @@ def test_both_sides_mean_the_same_code() -> None:
 def test_a_stopped_rank_is_named_and_nothing_is_left(
     tmp_path: Path, packed: Path, launcher: str, engine: str, stopped: int
 ) -> None:
-    train = {"epochs": 5000, "timeout_s": TIMEOUT_S, "engine": engine, "zero_stage": 2}
+    train = {"epochs": 5000, "timeout_s": SLOW_START_S, "engine": engine, "zero_stage": 2}
     config = write_tiny(tmp_path, packed, train=train, evaluate={"every_epochs": 5000})
     log = tmp_path / "runs" / "tiny" / "log.txt"
     command = [str(config) if word == "CONFIG" else word for word in COMMANDS[launcher]]
@@ -50,8 +51,8 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(
         by_rank = sorted(ranks, key=rank_of)
         os.kill(by_rank[stopped], signal.SIGSTOP)
         start_s = time.monotonic()
-        wait_for(lambda: not alive(by_rank[1 - stopped]), deadline_s=4 * TIMEOUT_S)
-        assert time.monotonic() - start_s > TIMEOUT_S / 2
+        wait_for(lambda: not alive(by_rank[1 - stopped]), deadline_s=4 * SLOW_START_S)
+        assert time.monotonic() - start_s > SLOW_START_S / 2
         _, err = process.communicate(timeout=LAUNCHERS_PATIENCE_S + 30)
     finally:
         process.kill()
