@@ -100,6 +100,8 @@ def test_variables_of_srun_in_words_of_torch() -> None:
     assert found[0] == found[1], "they meet at the same place"
     assert (found[0]["WORLD_SIZE"], found[0]["MASTER_ADDR"]) == ("2", "gpu3")
     assert task_variables(srun_says(0, job="4712"))["MASTER_PORT"] != found[0]["MASTER_PORT"]
+    ports = [int(task_variables(srun_says(0, job=str(job)))["MASTER_PORT"]) for job in (1, 1714, 4712, 987654321)]
+    assert all(20_000 <= port < 32_000 for port in ports), "Linux gives higher ones to connections"
     own = task_variables(srun_says(0) | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
     assert (own["MASTER_ADDR"], own["MASTER_PORT"]) == ("head", "1234")
 
