@@ -101,7 +101,10 @@ def test_stopped_killed_and_started_again_a_run_ends_like_one_of_two_ranks_witho
         """A job whose script outlives `scancel`, so that it ends with what srun says; returns once steps are saved."""
         before = newest_step(run)
         job = cluster.submit(f"trap : TERM\n{srun(config, options=options)}\nexit $?", *layout)
-        poll(lambda: newest_step(run) > before, deadline_s=DEADLINE_S)
+        try:
+            poll(lambda: newest_step(run) > before, deadline_s=DEADLINE_S)
+        except AssertionError:
+            pytest.fail(f"it saves nothing: {cluster.said(job)}")
         return job
 
     job = start(*SPREAD, options=(AT_ONCE,))
@@ -140,7 +143,7 @@ def test_msmil_train_in_a_batch_script_stops_when_the_script_is_signalled(
     config, run = write_tiny(tmp_path, packed, name="job", **endless), tmp_path / "runs" / "job"
     program = shlex.join([sys.executable, "-m", "launch.cli", "train", str(config), "--ranks", "2"])
     job, log = cluster.submit(f"exec {program}", "--nodes=1"), run / "log.txt"
-    wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=DEADLINE_S)
+    wait_for(lambda: log.exists() and log.read_text().count("loss") > 0, deadline_s=DEADLINE_S)
     cluster.signal(signal.SIGUSR1, job, "--batch")  # as #SBATCH --signal=B:USR1@120 does
     assert stopped_once(cluster.wait(job, deadline_s=DEADLINE_S), signal.SIGUSR1, run)
     assert "ranks: 2 on CPU" in (run / "environment.txt").read_text()
