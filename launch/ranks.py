@@ -81,7 +81,8 @@ def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision:
 def rank_program(body: Callable[[], None]) -> int:
     """Run the body of one rank; a UserError becomes one line and exit code 2.
 
-    Under start_ranks the line goes to the parent, which prints it once for all ranks.
+    Under start_ranks the line goes to the parent, which prints it once for all ranks. Under another launcher every rank
+    that meets the mistake prints it, since a rank cannot know whether the others meet it too.
     """
     from msmil.engine import watchdog
     from msmil.engine.preemption import Stopped
@@ -93,8 +94,11 @@ def rank_program(body: Callable[[], None]) -> int:
     try:
         body()
     except Stopped as stopped:
+        # all is saved: a launcher that now ends those that are still ending (srun --kill-on-bad-exit) changes no code
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if file is None:
-            print(f"msmil: {stopped}; {_AGAIN}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # they stopped together: one says it
+                print(f"msmil: {stopped}; {_AGAIN}", file=sys.stderr)
         else:
             (Path(file).parent / _STOPPED).write_text(f"{stopped.signum} {stopped}\n", encoding="utf-8")
         return 128 + stopped.signum

@@ -96,8 +96,6 @@ def check_engine(train: TrainConfig) -> None:
         fix = "set train.engine: deepspeed, or train.offload_optimizer: false"
         require(not train.offload_optimizer, "train.offload_optimizer", True, fix)
         return
-    fix = "set train.precision: bf16 (as wide, and needs no loss scale), or train.engine: ddp"
-    require(train.precision != "fp16", "train.precision (with engine: deepspeed)", train.precision, fix)
     fix = "set train.compile: false, or train.engine: ddp"
     require(not train.compile, "train.compile (with engine: deepspeed)", train.compile, fix)
     fix = "set train.zero_stage to 1, 2 or 3; stage 0 divides nothing and offloads nothing"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Mapping
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -85,19 +86,32 @@ class Slots:
 
 
 class SentBatch:
-    """A batch without images on its way from a decoding process; it unpickles as the batch with those of its slot."""
+    """A batch on its way from a decoding process; it unpickles as the batch with the images of its slot.
+
+    The few numbers of its samples travel as bytes: each tensor would take a file of shared memory of its own, and a
+    connection by which it is handed over, which cost more than they do.
+    """
 
     def __init__(self, slots: int, slot: int, batch: Batch) -> None:
         assert batch.image_B1HW is None
-        self._parts = (slots, slot, batch)
+        self._slots, self._slot, self._batch = slots, slot, batch
 
-    def __reduce__(self) -> tuple[object, tuple[int, int, Batch]]:
-        return _arrived, self._parts
+    def __reduce__(self) -> tuple[object, tuple[Any, ...]]:
+        batch = self._batch
+        numbers = [tensor.numpy() for tensor in (batch.label_BK, batch.weight_B, batch.sample_B)]
+        return _arrived, (self._slots, self._slot, numbers, batch.levels, batch.skipped)
 
 
-def _arrived(slots: int, slot: int, batch: Batch) -> Batch:
-    batch.image_B1HW = _open[slots].tensor(slot, len(batch.sample_B))
-    return batch
+def _arrived(
+    slots: int,
+    slot: int,
+    numbers: list[NDArray[Any]],
+    levels: dict[int, torch.Tensor] | None,
+    skipped: Mapping[int, str],
+) -> Batch:
+    label_BK, weight_B, sample_B = map(torch.from_numpy, numbers)
+    image_B1HW = _open[slots].tensor(slot, len(sample_B))
+    return Batch(image_B1HW, label_BK, weight_B, sample_B, levels, skipped)
 
 
 def _free(taken_S: torch.Tensor, slot: int) -> None:

@@ -44,6 +44,8 @@ def make_engine(
         module,
         optimizer,
         moments=moments,
+        fp16=train.precision == "fp16",
+        loss_scale=loss_scale,
         stage=train.zero_stage,
         accumulation=train.accumulation,
         clip_grad_norm=clip,

@@ -60,11 +60,12 @@ def default_ranks(num_gpus: int) -> int:
 def task_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What the variables of an srun task mean in torch's words; empty where there is one task, or a launcher said it.
 
-    The first host of the step holds the meeting point, on a port that follows from the job and the step.
+    The first host of the step holds the meeting point, on a port that follows from the job and the step; it is below
+    those that Linux gives to connections (32768), and jobs that share a machine have one each.
     """
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return {}
-    port = 20_000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID", "0"))) % 20_000
+    port = 20_000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID", "0"))) % 12_000
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],

@@ -253,6 +253,22 @@ def gpu_in_use() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16; without them torch converts each number, in its slow kernels."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())
+
+
+def slow_precision(config: TrainConfig, device: torch.device) -> str | None:
+    """What to tell of a precision that makes training slower than fp32 here; None where it does not."""
+    if config.precision != "bf16" or device.type != "cpu" or cpu_has_bf16():
+        return None
+    return (
+        "train.precision is bf16, and this CPU has no instructions for it: a step takes several times as long as "
+        "with train.precision=fp32"
+    )
+
+
 def refuse_on_cpu(config: TrainConfig) -> None:
     """Refuse what needs a GPU."""
     if config.precision == "fp16":

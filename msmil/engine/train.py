@@ -54,10 +54,10 @@ def train(config: Config, runtime: Runtime) -> TrainState:
         if run.tracker is not None:
             run.tracker.add(end_of_run(), run.state.step)
     finally:
-        run.request.restore()
         if run.tracker is not None:
             run.tracker.close()
         run.folder.close()
+        run.request.restore()  # last: a rank that has ended before must not make its launcher's SIGTERM end this one
     return run.state
 
 

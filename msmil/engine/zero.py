@@ -6,13 +6,14 @@ engine and any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from msmil.engine.loss_scale import LossScale
 from msmil.engine.optim import load_optimizer_tensors, optimizer_tensors
 from msmil.engine.runtime import Runtime
 from msmil.types import BagOutput
@@ -22,6 +23,8 @@ _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 
 class ZeroEngine:
     """Trains the parameters of `module` that require a gradient; the arguments are those of DdpEngine.
+
+    fp16 is torch's autocast and a loss scale of ours: DeepSpeed's own mode casts the weights.
 
     After `close` the module cannot be used any more: its weights were views of DeepSpeed's buffers.
     """
@@ -33,6 +36,8 @@ class ZeroEngine:
         optimizer: torch.optim.Optimizer,
         *,
         moments: dict[str, Tensor],
+        fp16: bool,
+        loss_scale: Mapping[str, Any] | None,
         stage: int,
         accumulation: int,
         clip_grad_norm: float,
@@ -41,18 +46,22 @@ class ZeroEngine:
         self.divides_weights = stage == 3
         self._stage, self._accumulation = stage, accumulation
         self._base = optimizer
+        self._scale = LossScale(loss_scale) if fp16 else None
         module.to(memory_format=torch.contiguous_format)  # its buffers know no other
         if stage == 0:
             load_optimizer_tensors(module, optimizer, moments)
         runtime.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = clip_grad_norm
         if self.divides_weights:  # DeepSpeed's hooks find tensors in a dict, not in a class of ours; see __call__
             module.register_forward_hook(lambda _module, _inputs, output: vars(output))
-        self._engine, _ = runtime.prepare(module, optimizer)
+        self._engine, _ = runtime.prepare(_Autocast(runtime, module) if fp16 else module, optimizer)
         self._zero: Any = self._engine.optimizer
         if stage > 0:
             self._load(moments)
 
-    loss_scale = None  # fp16 is refused with this engine
+    @property
+    def loss_scale(self) -> dict[str, Any] | None:
+        """State of fp16's loss scaling, None in other precisions."""
+        return None if self._scale is None else self._scale.state_dict()
 
     def settle(self, forward: Callable[[], Tensor]) -> None:
         """Nothing: ZeRO's buckets follow the order of parameters from the first step on."""
@@ -71,20 +80,41 @@ class ZeroEngine:
 
         DeepSpeed averages over ranks and micro-steps, and ours is a sum over both, hence the factor.
         """
-        self._engine.backward(loss * (self.runtime.world * self._accumulation))
+        loss = loss * (self.runtime.world * self._accumulation)
+        if self._scale is not None:
+            if self._stage == 0:
+                loss = loss * self._scale.value
+            else:
+                self._zero.override_loss_scale(self._scale.value)  # it divides gradients by it before it clips
+        self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-step; the last one is done by `update`
 
     def update(self, largest_norm: float, *, may_overflow: bool) -> tuple[float, bool]:
         """Clip (the bound is in DeepSpeed's configuration) and step; as DdpEngine.update."""
+        norm, skipped = self._update_whole() if self._stage == 0 else self._update_parts()
+        if self._scale is not None:
+            assert may_overflow
+            self._scale.update(overflowed=skipped)
+        return norm, skipped
+
+    def _update_parts(self) -> tuple[float, bool]:
         skipped_before = self._engine.skipped_steps
-        if self._stage == 0:  # DeepSpeed looks at no norm there
-            norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-            if norm.isfinite():
-                self._engine.step()
-            return float(norm), not norm.isfinite()
         self._engine.step()
         return float(self._engine.get_global_grad_norm()), self._engine.skipped_steps > skipped_before
+
+    def _update_whole(self) -> tuple[float, bool]:
+        """Of stage 0, where DeepSpeed looks at no norm."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if self._scale is not None:
+            torch._foreach_div_(gradients, self._scale.value)
+        norm = nn.utils.get_total_norm(gradients)
+        if norm.isfinite():
+            self._engine.step()
+            return float(norm), False
+        self._engine.zero_grad()
+        self._engine.micro_steps += 1  # as its step counts them
+        return float(norm), True
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments and step counts by parameter name, whole. All ranks have to call it."""
@@ -172,6 +202,19 @@ class ZeroEngine:
         elif (places := _places(parameter)) is not None:
             inside, flat = places
             moment[flat] = whole_M[inside]
+
+
+class _Autocast(nn.Module):
+    """A network whose forward computes in the precision of the configuration."""
+
+    def __init__(self, runtime: Runtime, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._runtime = runtime
+
+    def forward(self, **arguments: Any) -> Any:
+        with self._runtime.autocast():
+            return self.network(**arguments)
 
 
 def _places(parameter: nn.Parameter) -> tuple[slice, slice] | None:

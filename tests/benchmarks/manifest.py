@@ -123,7 +123,7 @@ def looked_up(manifest: Manifest) -> None:
     rows = np.random.default_rng(1).integers(0, len(manifest), LOOKED_UP)
     for row in rows.tolist():
         manifest.location(row)
-        manifest.text("image_id", [row])
+        manifest.label_NK(LABELS, np.array([row]))
 
 
 def as_objects(manifest: Manifest) -> list[dict[str, Any]]:

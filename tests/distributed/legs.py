@@ -2,8 +2,9 @@
 
 A leg is {"config": file, "until": step, "out": file, "dtype": "float32", "threshold": parameters below this size stay
 whole under ZeRO-3}. It opens the run as `msmil train` does (resuming if there is a checkpoint), trains to a step in
-the middle of an epoch or behind it, and saves. With "predict" it then predicts: whole splits, and fewer images than
-ranks. With "refused" it expects that the run cannot be opened, and writes what each rank was told.
+the middle of an epoch or behind it, and saves. fp16 is let through on CPUs, where it is slow and nothing else; "scale"
+is the number that its losses are multiplied with at first. With "predict" the leg then predicts: whole splits, and
+fewer images than ranks. With "refused" it expects that the run cannot be opened, and writes what each rank was told.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from accelerate.state import AcceleratorState
 
 from msmil.config import Config
 from msmil.config_io import load_config
+from msmil.engine import loss_scale as loss_scale_module
 from msmil.engine import predict as predict_module
 from msmil.engine import runtime as runtime_module
 from msmil.engine.ddp import DdpEngine
@@ -50,6 +52,9 @@ def train_leg(leg: dict[str, Any]) -> None:
         del os.environ[variable]  # accelerate's notes of the engine before
     runtime_module.deepspeed_config = lambda *a, **k: _with_threshold(_CONFIG(*a, **k), leg.get("threshold"))
     config = load_config(leg["config"])
+    if config.train.precision == "fp16":
+        runtime_module.refuse_on_cpu = lambda _: None
+        loss_scale_module._INITIAL["scale"] = leg.get("scale", 2.0**16)
     runtime = Runtime(config.train)
     if leg.get("refused"):
         write_refusals(config, runtime, leg["out"])
@@ -61,6 +66,7 @@ def train_leg(leg: dict[str, Any]) -> None:
     if dtype == torch.float64:
         run.network.double().backbone.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
     told: dict[str, Any] = {"world": runtime.world, "start": run.state.step, "losses": [], "samples": [], "due": []}
+    told["skipped"] = 0
     gradients: dict[str, torch.Tensor] = {}
     while run.state.step < leg["until"]:
         train_epoch_until(run, leg["until"], told, gradients)
@@ -135,6 +141,7 @@ def train_epoch_until(run: Run, until: int, told: dict[str, Any], gradients: dic
         )
         run.state = after_step(run, epoch, index)
         told["losses"].append(report.losses["total"])
+        told["skipped"] += report.skipped
         told["samples"].append(seen)
         if report.save:
             told["due"].append(run.state.step)

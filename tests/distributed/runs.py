@@ -28,8 +28,8 @@ class Told:
     """What a leg wrote: the losses of its steps, and (row, digest of the pixels) of the samples that each received.
 
     seen: samples of weight 1 that the run has counted; predictions: see legs.predict_all.
-    due: for each rank, the steps behind which it saw that a checkpoint is due by the clock.
-    warned: what DeepSpeed warned of on rank 0.
+    due: for each rank, the steps behind which it saw that a checkpoint is due by the clock. skipped: steps that
+    changed nothing, since fp16 overflowed; warned: what DeepSpeed warned of on rank 0.
     """
 
     world: int
@@ -39,6 +39,7 @@ class Told:
     due: list[list[int]]
     gradients: dict[str, Tensor]
     seen: int
+    skipped: int
     warned: list[str]
     predictions: dict[str, Any] = field(default_factory=dict)
 
@@ -52,8 +53,8 @@ class Runs:
     def leg(self, name: str, until: int, *, run: str | None = None, **settings: Any) -> dict[str, Any]:
         """A leg called `name` of the run `run` up to a step.
 
-        Settings: words of the sections train, model, data and checkpoint; dtype, threshold, predict, refused (see
-        legs.py).
+        Settings: words of the sections train, model, data and checkpoint; dtype, threshold, predict, refused, scale
+        (see legs.py).
         """
         folder = self.folder / name
         folder.mkdir()
@@ -72,7 +73,7 @@ class Runs:
             checkpoint=settings.get("checkpoint", {}),
             bags={"augment": {"rotation_deg": 5, "gain": 0.2, "noise_sd": 0.02}},
         )
-        more = {key: settings[key] for key in ("dtype", "threshold", "predict", "refused") if key in settings}
+        more = {key: settings[key] for key in ("dtype", "threshold", "predict", "refused", "scale") if key in settings}
         return {"config": str(config), "until": until, "out": str(self._out(name)), **more}
 
     def train(self, ranks: int, legs: Sequence[dict[str, Any]]) -> None:

@@ -8,13 +8,10 @@ is run; a command that none of them knows is an error.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import shutil
 import signal
-import socket
-import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +34,7 @@ from tests.msmil.models.published.test_convert import head_only, mammoclip
 from tests.runs import reset
 from tests.servers import serving
 from tests.test_experiments import NAMES, shrunk
-from tests.worlds import environment, run, wait_for
+from tests.worlds import environment, wait_for
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 REPLICATES = 20
@@ -171,43 +168,13 @@ def by_launcher(line: str) -> None:
     assert (Path("runs") / name / "checkpoints" / "latest").exists()
 
 
-# each task meets the others by these variables; the program itself runs in this process afterwards
-_TASK = """
-import sys
-from accelerate import PartialState
-state = PartialState(cpu=True)
-state.wait_for_everyone()
-words = map(str, [state.num_processes, state.process_index, *sys.argv[1:]])
-sys.stdout.write(" ".join(words) + chr(10))
-"""
-_STAND_INS = {
-    "scontrol": "echo 127.0.0.1",
-    "python": f'exec {sys.executable} -c {shlex.quote(_TASK)} "$@" >> tasks.txt',
-    "srun": 'export SLURM_NTASKS=2\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); done\n'
-    'for pid in "${pids[@]}"; do wait "$pid" || exit 1; done',
-}
-
-
-def on_a_stand_in_for_slurm(line: str) -> None:
-    """Both lines of the batch script, with srun starting two tasks on this machine, which find each other."""
-    if line.startswith("export"):
-        Path("batch.sh").write_text(f"set -e\n{line}\n", encoding="utf-8")
-        return
-    folder = Path("stand_ins").absolute()
-    folder.mkdir()
-    for name, text in _STAND_INS.items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
-        (folder / name).chmod(0o700 | stat.S_IXUSR)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path("batch.sh").read_text().replace("MASTER_PORT=29500", f"MASTER_PORT={port}") + line
-    path = os.pathsep.join([str(folder), os.environ["PATH"]])
-    done = run(["bash", "-c", script], deadline_s=120, cwd=Path.cwd(), PATH=path, SLURM_JOB_NODELIST="here")
-    assert done.returncode == 0, done.stderr
-    program = "-m launch.train configs/experiment/vindr_mass_fpn_abmil.yaml"
-    assert sorted(Path("tasks.txt").read_text().splitlines()) == [f"2 0 {program}", f"2 1 {program}"]
-    assert alone("launch.train", [program.split()[-1], "name=by_srun"]) == 0
+def by_srun(line: str) -> None:
+    """One task of it here; tests/cluster runs the line under a real SLURM."""
+    words = shlex.split(line)
+    python = words.index("python")
+    assert words[python + 1 : python + 3] == ["-m", "launch.train"]
+    assert (ROOT / "tests" / "cluster" / "test_slurm.py").is_file()
+    assert alone("launch.train", [*words[python + 3 :], "name=by_srun"]) == 0
 
 
 def watched(line: str) -> None:
@@ -295,7 +262,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"make (test|docs|figures)", target_of_make),
     (r"\. .*", activate),
     (r"(torchrun|accelerate launch) .*", by_launcher),
-    (r"(export MASTER_ADDR|srun) ?.*", on_a_stand_in_for_slurm),
+    (r"srun .*", by_srun),
     (r"python docs/figures/maps.py .*", figure),
     (r"python -m tests.benchmarks.memory", cheapest_row),
     (r"python -m tests.benchmarks.variants .*", small_variants),

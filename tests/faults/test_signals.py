@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.ranks import rank_program
 from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest
-from msmil.engine.preemption import StopRequest
+from msmil.engine.preemption import Stopped, StopRequest
 from tests.experiments import write_tiny
 from tests.faults.launcher import Launcher, poll
 from tests.faults.places import step_of
@@ -36,6 +37,25 @@ def test_a_handler_only_sets_a_flag_and_a_second_ctrl_c_is_obeyed_at_once() -> N
     finally:
         request.restore()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
+def test_a_rank_that_has_stopped_hears_no_sigterm_while_it_ends(
+    rank: str, said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """srun --kill-on-bad-exit sends one as soon as another rank has ended; the exit code would be that of SIGTERM."""
+
+    def body() -> None:
+        raise Stopped(signal.SIGUSR1, 7)
+
+    monkeypatch.setenv("RANK", rank)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert rank_program(body) == 128 + signal.SIGUSR1
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.count("msmil: stopped by SIGUSR1 behind step 7;") == said
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from msmil.engine.tracking import PhaseTimer
 from msmil.engine.train import open_stream, stepper_of_epoch
 from shards.types import Batch
 from tests.benchmarks.memory import step_bytes
+from tests.distributed.runs import zero
 from tests.experiments import write_tiny
 from tests.parity.published import golden, published_state
 from tests.parity.test_published_models import BOUND, CASES, ours, tiles
@@ -48,13 +49,12 @@ def _fresh() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def losses(folder: Path, packed: Path, *, cpu: bool, precision: str) -> tuple[list[float], list[bool]]:
+def losses(folder: Path, packed: Path, *, cpu: bool, **train: Any) -> tuple[list[float], list[bool]]:
     """The first losses of the small experiment, and which updates were skipped."""
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true" if cpu else "false")
         reset()
-        train = {"precision": precision}
         config = load_config(write_tiny(folder, packed, train=train, optim={"warmup_epochs": 0}))
         run = open_run(config, Runtime(config.train, quiet=True))
         stepper, timer = stepper_of_epoch(run, 0), PhaseTimer(run.pipeline.runtime.synchronize)
@@ -67,14 +67,20 @@ def losses(folder: Path, packed: Path, *, cpu: bool, precision: str) -> tuple[li
     return [report.losses["total"] for report in reports], [report.skipped for report in reports]
 
 
+@pytest.mark.parametrize("engine", [{}, zero(2), zero(3)], ids=["ddp", "zero2", "zero3"])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 5e-3)])
 def test_a_gpu_trains_as_a_cpu_does(
-    precision: str, bound: float, tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str,
+    bound: float,
+    engine: dict[str, Any],
+    tmp_path: Path,
+    packed: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Losses of the first steps, relative; convolutions in fp32 proper. fp16 skips steps until its scale fits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     expected, _ = losses(tmp_path / "cpu", packed, cpu=True, precision="fp32")
-    found, skipped = losses(tmp_path / "gpu", packed, cpu=False, precision=precision)
+    found, skipped = losses(tmp_path / "gpu", packed, cpu=False, precision=precision, **engine)
     # the loss of a step is computed before its update: those up to the first skipped one see the same weights
     comparable = skipped.index(True) + 1 if True in skipped else STEPS
     worst = max(abs(f / e - 1) for f, e in zip(found[:comparable], expected[:comparable], strict=True))

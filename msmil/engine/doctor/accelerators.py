@@ -121,7 +121,12 @@ def _bf16(facts: Facts) -> Check:
         return warning("bf16", f"{', '.join(without)} has no bf16 units", "set train.precision: fp16 or fp32")
     if "error" in facts["bf16"]:
         return broken("bf16", f"does not work ({facts['bf16']['error']})", "set train.precision: fp32")
-    return ok("bf16", "works on every GPU" if gpus else "works on the CPU")
+    if gpus:
+        return ok("bf16", "works on every GPU")
+    if facts["bf16"]["value"] is False:
+        text = "this CPU has no instructions for it: several times slower than fp32"
+        return warning("bf16", text, "set train.precision: fp32 where no GPU is used")
+    return ok("bf16", "works on the CPU")
 
 
 # what the child tells, in its order, and the line it makes

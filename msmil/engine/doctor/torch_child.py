@@ -136,12 +136,15 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
-def _bf16() -> None:
-    """A bf16 product under autocast, on the CPU."""
+def _bf16() -> bool:
+    """A bf16 product under autocast, on the CPU; gives whether the CPU has instructions for it."""
     import torch
+
+    from msmil.engine.runtime import cpu_has_bf16
 
     with torch.autocast("cpu", torch.bfloat16):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    return cpu_has_bf16()
 
 
 def _experiment(file: str, overrides: Sequence[str]) -> int:

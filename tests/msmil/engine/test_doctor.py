@@ -207,6 +207,7 @@ def test_two_gpus() -> None:
             ("T4 has no bf16 units", "fp16"),
         ),
         ("bf16", {"bf16": {"error": "not implemented"}}, "broken", ("not implemented", "fp32")),
+        ("bf16", {**NONE, "bf16": {"value": False}}, "warning", ("no instructions", "slower", "fp32")),
     ],
 )
 def test_what_torch_cannot_do(name: str, changes: dict[str, Any], state: str, texts: tuple[str, ...]) -> None:
@@ -257,8 +258,8 @@ def test_environment() -> None:
 def test_slurm() -> None:
     stands(check_slurm(None, None, None), "ok", "a workstation needs none")
     stands(check_slurm("/bin/sbatch", ("main*\nhigh\nmain*\n", ""), "7"), "ok", "main*, high", "this is job 7")
-    stands(check_slurm("/bin/sbatch", ("", "no answer within 20 s"), None), "broken", "no answer", "SLURM_CONF")
-    stands(check_slurm("/bin/sbatch", None, None), "broken", "there is no sinfo")
+    stands(check_slurm("/bin/sbatch", ("", "no answer within 20 s"), None), "warning", "no answer", "SLURM_CONF")
+    stands(check_slurm("/bin/sbatch", None, None), "warning", "there is no sinfo")
 
 
 def test_folders(tmp_path: Path) -> None:

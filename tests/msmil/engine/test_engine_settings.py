@@ -16,7 +16,6 @@ from shards.errors import UserError
     ("train", "named"),
     [
         ({"offload_optimizer": True}, "train.offload_optimizer"),
-        ({"engine": "deepspeed", "precision": "fp16"}, "train.precision"),
         ({"engine": "deepspeed", "compile": True}, "train.compile"),
         ({"engine": "deepspeed", "zero_stage": 0, "offload_optimizer": True}, "train.offload_optimizer"),
         ({"engine": "deepspeed", "zero_stage": 3, "ema_decay": 0.9}, "train.ema_decay"),
