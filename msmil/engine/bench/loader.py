@@ -30,7 +30,7 @@ from shards.tables import aligned
 _CPU = torch.device("cpu")
 _PREFETCH = 2
 _WARM_UP = slots_for(_PREFETCH)  # batches until a decoding process has written to all of its memory once
-_BATCHES = _WARM_UP + 8  # at least, so that it is measured in its stride
+_BATCHES = _WARM_UP + 16  # at least, so that it is measured in its stride
 
 
 def subject(text: str, overrides: Sequence[str]) -> Config:
@@ -52,7 +52,7 @@ def bench_loader(
 
     Decoding alone is the limit. Beside it in the same rounds: the stream of training in this process (both in this
     process's processor time, and of that the checksums), and from one decoding process (both by the clock on the
-    wall), once its memory is in use. This process keeps freed memory as decoding processes do.
+    wall), both once their memory is in use. This process keeps freed memory as decoding processes do.
 
     Raises:
         UserError: the data cannot be read, or hold too few images.
@@ -111,32 +111,30 @@ def _measure(manifest: Manifest, codec: Codec, *, size: int, rounds: int) -> dic
             pin_memory=False,
         )
 
-    def here() -> None:
-        for _ in stream(0):
-            pass
-
     def checksums() -> None:
         for data in payloads:
             hashlib.sha256(data).digest()
 
-    def process_s() -> float:
-        """Seconds per image of one decoding process, behind its first batches."""
-        batches = stream(1)
+    def stream_s(workers: int, clock: Callable[[], float]) -> float:
+        """Seconds per image of the stream, between its first batches and its last."""
+        batches = stream(workers)
         for _ in range(_WARM_UP):
             next(batches)
-        start_s = time.perf_counter()
-        rest = sum(len(batch.sample_B) for batch in batches)
-        return (time.perf_counter() - start_s) / rest
+        start_s = last_s = clock()
+        images = 0
+        for batch in batches:
+            last_s = clock()
+            images += len(batch.sample_B)
+        return (last_s - start_s) / images
 
     bare()
-    here()
     number = len(payloads)
     rows = []
     for _ in range(rounds):
-        alone = seconds(bare, _CPU)
-        works = [seconds(action, _CPU).work / number for action in (here, checksums)]
-        rows.append((alone.work / number, *works, alone.wall / number, process_s()))
-    bare_s, here_s, checksum_s, bare_wall_s, worker_s = (median(column) for column in zip(*rows, strict=True))
+        alone, hashed = seconds(bare, _CPU), seconds(checksums, _CPU)
+        streamed = stream_s(0, time.process_time), stream_s(1, time.perf_counter)
+        rows.append((alone.work / number, hashed.work / number, alone.wall / number, *streamed))
+    bare_s, checksum_s, bare_wall_s, here_s, worker_s = (median(column) for column in zip(*rows, strict=True))
     return {
         "bytes_per_image": sum(map(len, payloads)) / number,
         "bare_per_s": 1 / bare_s,
