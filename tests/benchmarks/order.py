@@ -29,6 +29,7 @@ from torch.utils.data import DistributedSampler
 
 from shards import samples, stream
 from shards.manifest import read_manifest, write_manifest
+from shards.plan import worker_batches
 from shards.subset import with_fraction
 from shards.workers import start_server
 
@@ -140,11 +141,11 @@ def open_worker(folder: Path) -> dict[str, Any]:
     """Open an epoch as a decoding process does, and make the indices of its steps."""
     with measured() as opening:
         share = pickle.loads((folder / "share").read_bytes())
-        share._batch(None, None, slice(0, share.size))
+        share._batch(None, None, slice(0, share.size), None)
     times = []
-    for g in stream.worker_batches(share.num_batches, 0, 8, 3):
+    for g in worker_batches(share.num_batches, 0, 8, 3):
         start_s = time.process_time()
-        share._batch(None, None, slice(g * share.size, (g + 1) * share.size))
+        share._batch(None, None, slice(g * share.size, (g + 1) * share.size), None)
         times.append(time.process_time() - start_s)
     return {"opening": vars(opening), "step_ms": median(times) * 1e3, "slowest_ms": max(times) * 1e3}
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 
-from shards import stream
+from shards import share, stream
 from shards.manifest import Manifest, read_manifest
 from shards.remote.folder import RemoteOptions
 from shards.types import Batch
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(row(words, found, baseline, server, before), flush=True)
             there = read_manifest(server.url, RemoteOptions(cache_dir=str(folder / "b"), cache_gb=1.0))
             before = len(server.gets())
-            with mock.patch.object(stream, "coming", return_value=None):
+            with mock.patch.object(share, "coming", return_value=None):
                 found = timed(batches(there, **how), args.step_s)
             print(row("a web server, nothing fetched ahead", found, baseline, server, before))
 
