@@ -100,41 +100,38 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
                         reader.reach(g)
                 part = slice(g * self.size, (g + 1) * self.size)
                 slot = None if self.slots is None else self.slots.claim(worker)
+                pixels_B1HW = self._memory(slot, len(self.row_M[part]))
                 try:
-                    batch = self._batch(images, features, part, slot)
+                    batch = self._batch(images, features, part, pixels_B1HW)
                 except UserError as error:
                     yield Failure(error.thing, error.fix, error.file)
                     continue
-                if slot is None:
-                    yield batch
-                    continue
-                assert self.slots is not None
-                if info is None:
-                    batch.image_B1HW = self.slots.tensor(slot, len(batch.sample_B))
-                    yield batch
+                if slot is not None and self.slots is not None:
+                    yield self.slots.sent(slot, batch) if info is not None else self.slots.filled(slot, batch)
                 else:
-                    yield self.slots.sent(slot, batch)
+                    batch.image_B1HW = None if pixels_B1HW is None else torch.from_numpy(pixels_B1HW)
+                    yield batch
+
+    def _memory(self, slot: int | None, images: int) -> Pixels | None:
+        """Where the images of a batch are written: its slot, or fresh memory; None where no images are read."""
+        if slot is not None and self.slots is not None:
+            return self.slots.pixels(slot, images)
+        shape = (images, 1, self.manifest.height_px, self.manifest.width_px)
+        return np.empty(shape, self.manifest.dtype) if self.images else None
 
     def _batch(
-        self, images: ShardReader | None, features: FeatureReader | None, part: slice, slot: int | None
+        self, images: ShardReader | None, features: FeatureReader | None, part: slice, pixels_B1HW: Pixels | None
     ) -> Batch:
-        """The batch of these rows; its images are left out where they were written to a slot."""
+        """The batch of these rows but for its images, which are written to `pixels_B1HW`."""
         row_B, weight_B = self.row_M[part], self.counts_M[part].astype(np.float32)
         broken: dict[int, str] = {}
-        image_B1HW = None
-        if images is not None:
-            manifest = self.manifest
-            if slot is None or self.slots is None:
-                shape = (len(row_B), 1, manifest.height_px, manifest.width_px)
-                image_B1HW = torch.from_numpy(np.empty(shape, manifest.dtype))
-                self._write_images(images, row_B, broken, image_B1HW.numpy())
-            else:
-                self._write_images(images, row_B, broken, self.slots.pixels(slot, len(row_B)))
+        if images is not None and pixels_B1HW is not None:
+            self._write_images(images, row_B, broken, pixels_B1HW)
         levels = None if features is None else self._levels(features, row_B, broken)
         skipped = {place: text for place, text in broken.items() if weight_B[place] > 0}  # padding is in no epoch
         weight_B[list(skipped)] = 0
         return Batch(
-            image_B1HW=image_B1HW,
+            image_B1HW=None,
             label_BK=torch.from_numpy(self.manifest.label_NK(self.labels, row_B)),
             weight_B=torch.from_numpy(weight_B),
             sample_B=torch.from_numpy(row_B.astype(np.int64)),
@@ -143,13 +140,13 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
         )
 
     def _write_images(
-        self, reader: ShardReader, row_B: NDArray[np.int32], broken: dict[int, str], image_B1HW: Pixels
+        self, reader: ShardReader, row_B: NDArray[np.int32], broken: dict[int, str], pixels_B1HW: Pixels
     ) -> None:
         for place, row in enumerate(row_B.tolist()):
             with self._skipping(place, broken):
-                image_B1HW[place, 0] = reader.read(row)
+                pixels_B1HW[place, 0] = reader.read(row)
             if place in broken:
-                image_B1HW[place] = 0
+                pixels_B1HW[place] = 0
 
     def _levels(
         self, reader: FeatureReader, row_B: NDArray[np.int32], broken: dict[int, str]

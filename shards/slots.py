@@ -80,6 +80,11 @@ class Slots:
         weakref.finalize(pixels_B1HW, _free, self._taken_S, slot).atexit = False
         return torch.from_numpy(pixels_B1HW)
 
+    def filled(self, slot: int, batch: Batch) -> Batch:
+        """A batch of this process with the images of a slot."""
+        batch.image_B1HW = self.tensor(slot, len(batch.sample_B))
+        return batch
+
     def sent(self, slot: int, batch: Batch) -> SentBatch:
         """A batch of a writer, the images of which are found in a slot where it is unpickled."""
         return SentBatch(self._number, slot, batch)
@@ -110,8 +115,7 @@ def _arrived(
     skipped: Mapping[int, str],
 ) -> Batch:
     label_BK, weight_B, sample_B = map(torch.from_numpy, numbers)
-    image_B1HW = _open[slots].tensor(slot, len(sample_B))
-    return Batch(image_B1HW, label_BK, weight_B, sample_B, levels, skipped)
+    return _open[slots].filled(slot, Batch(None, label_BK, weight_B, sample_B, levels, skipped))
 
 
 def _free(taken_S: torch.Tensor, slot: int) -> None:
