@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ class Killed(BaseException):
 
 
 def reset() -> None:
-    """Accelerate keeps its state for the life of a process."""
+    """Accelerate keeps its state for the life of a process, and writes DeepSpeed into the environment."""
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
 

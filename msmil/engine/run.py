@@ -25,7 +25,7 @@ from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
 from msmil.engine.preemption import StopRequest
 from msmil.engine.run_folder import RunFolder
-from msmil.engine.runtime import Runtime, slow_precision
+from msmil.engine.runtime import Runtime, emulated_precision
 from msmil.engine.saving import Saver
 from msmil.engine.seeding import seed_everything
 from msmil.engine.step import Schedule, Stepper
@@ -74,9 +74,9 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     open_log(folder.log if runtime.is_main else None, quiet=runtime.quiet)
     if pipeline.manifest.remote is not None:
         log.info("images: %s", pipeline.manifest.remote)
-    slow = slow_precision(config.train, runtime.device)
-    if slow is not None and runtime.is_main:
-        log.warning(slow)
+    emulated = emulated_precision(config.train, runtime.device)
+    if emulated is not None and runtime.is_main:
+        log.info(emulated)
     schedule = make_schedule(pipeline)
     checkpoint = newest_checkpoint(folder, runtime)
     network = make_network(pipeline, pretrained=checkpoint is None)

@@ -18,6 +18,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwar
 from torch import Tensor, nn
 
 from msmil.config import TrainConfig
+from msmil.engine.bf16 import compute_bf16, cpu_has_bf16
 from msmil.engine.environment import refuse_environment, task_variables
 from msmil.engine.watchdog import END_GRACE_S, Watchdog, connect_to_launcher
 from shards.errors import UserError
@@ -45,6 +46,8 @@ class Runtime:
         if not use_gpu:
             refuse_on_cpu(config)
             keep_freed_memory()
+            if config.precision == "bf16":
+                compute_bf16()
         make = _with_deepspeed if config.engine == "deepspeed" else _with_ddp
         self.accelerator: Accelerator = make(config, use_gpu)
         self.rank: int = self.accelerator.process_index
@@ -253,19 +256,13 @@ def gpu_in_use() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for bf16; without them torch converts each number, in its slow kernels."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or bool(supported())
-
-
-def slow_precision(config: TrainConfig, device: torch.device) -> str | None:
-    """What to tell of a precision that makes training slower than fp32 here; None where it does not."""
+def emulated_precision(config: TrainConfig, device: torch.device) -> str | None:
+    """What to tell of a precision that this machine computes by other means; None where it has instructions for it."""
     if config.precision != "bf16" or device.type != "cpu" or cpu_has_bf16():
         return None
     return (
-        "train.precision is bf16, and this CPU has no instructions for it: a step takes several times as long as "
-        "with train.precision=fp32"
+        "train.precision is bf16, and this CPU has no instructions for it: factors and results are rounded to bf16, "
+        "products and sums are fp32; the numbers are those of bf16, the speed is that of train.precision=fp32"
     )
 
 

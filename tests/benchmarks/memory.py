@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter
 from msmil.bags.tiling import padded_size, tile_hw, tile_origins
 from msmil.config import Config
 from msmil.config_io import load_config
+from msmil.engine.bf16 import compute_bf16
 from msmil.engine.pipeline import build_network
 from msmil.models.backbone import freeze_statistics, set_gradient_checkpointing, set_trainable
 from msmil.models.mil import MILModel
@@ -119,6 +120,7 @@ def peak_bytes(
     network: MILModel, config: Config, stored_hw: tuple[int, int], images: int, *, from_features: bool = False
 ) -> int:
     """The same of a network that exists, with numbers or without."""
+    compute_bf16(natively=True)  # what a GPU keeps, not a CPU without instructions for it
     with Alive() as alive:
         for tensor in network.state_dict().values():
             alive.count(tensor)

@@ -61,6 +61,7 @@ def losses(folder: Path, packed: Path, *, cpu: bool, **train: Any) -> tuple[list
         stream = open_stream(run, 0)
         reports = [stepper(stream, epoch=0, step=step, timer=timer) for step in range(STEPS)]
         assert run.pipeline.runtime.device.type == ("cpu" if cpu else "cuda")
+        assert next(run.network.parameters()).device.type == run.pipeline.runtime.device.type
         assert run.tracker is not None
         run.tracker.close()
         run.folder.close()
@@ -84,7 +85,7 @@ def test_a_gpu_trains_as_a_cpu_does(
     # the loss of a step is computed before its update: those up to the first skipped one see the same weights
     comparable = skipped.index(True) + 1 if True in skipped else STEPS
     worst = max(abs(f / e - 1) for f, e in zip(found[:comparable], expected[:comparable], strict=True))
-    print(f"\n{precision}: losses of {comparable} steps differ by {worst:.1e} at most, {sum(skipped)} skipped", end="")
+    print(f"\n{precision}: {found} against {expected}: {worst:.1e} of them at most, {sum(skipped)} skipped", end="")
     assert worst <= bound
     assert all(math.isfinite(loss) for loss in found)
     assert not any(skipped) or precision == "fp16"

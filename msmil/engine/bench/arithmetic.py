@@ -56,8 +56,9 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, *, rounds: int 
         times = 10 if device.type == "cuda" else 1
 
         def multiply() -> None:
-            for _ in range(times):  # noqa: B023 - called at once
-                a @ b  # noqa: B023 - called at once
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # as a step multiplies
+                for _ in range(times):  # noqa: B023 - called at once
+                    a @ b  # noqa: B023 - called at once
 
         multiply()
         shortest_s = min(seconds(multiply, device).work for _ in range(rounds))

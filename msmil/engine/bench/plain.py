@@ -14,6 +14,7 @@ from msmil.bags.build import BagMaker
 from msmil.config import Config
 from msmil.config_checks import tile_sizes
 from msmil.engine.bench.arithmetic import DTYPES
+from msmil.engine.bf16 import compute_bf16
 from msmil.engine.optim import build_optimizer
 from msmil.engine.pipeline import Pipeline, to_device
 from msmil.engine.run import make_loss, make_network
@@ -93,6 +94,8 @@ class PlainStep:
         self._loss = make_loss(pipeline)
         self._optimizer = build_optimizer(self.network, config.optim)
         precision = config.train.precision
+        if precision == "bf16" and device.type == "cpu":
+            compute_bf16()
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._autocast = functools.partial(
             torch.autocast, device.type, dtype=DTYPES[precision], enabled=precision != "fp32"

@@ -140,8 +140,9 @@ def _bf16() -> bool:
     """A bf16 product under autocast, on the CPU; gives whether the CPU has instructions for it."""
     import torch
 
-    from msmil.engine.runtime import cpu_has_bf16
+    from msmil.engine.bf16 import compute_bf16, cpu_has_bf16
 
+    compute_bf16()
     with torch.autocast("cpu", torch.bfloat16):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     return cpu_has_bf16()

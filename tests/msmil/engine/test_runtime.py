@@ -7,7 +7,7 @@ import torch
 
 from msmil.config import TrainConfig
 from msmil.engine.environment import refuse_environment
-from msmil.engine.runtime import Runtime, slow_precision
+from msmil.engine.runtime import Runtime, emulated_precision
 from shards.errors import UserError
 
 
@@ -49,10 +49,10 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(settings: dict[str, str], monkeypa
 @pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bf16_on_a_cpu_without_instructions_for_it_is_no_gain_and_told(
+def test_bf16_on_a_cpu_without_instructions_for_it_is_told(
     precision: str, device: str, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("msmil.engine.runtime.cpu_has_bf16", lambda: instructions)
-    told = slow_precision(TrainConfig(precision=precision), torch.device(device))  # type: ignore[arg-type]
+    told = emulated_precision(TrainConfig(precision=precision), torch.device(device))  # type: ignore[arg-type]
     assert (told is not None) == (precision == "bf16" and device == "cpu" and not instructions)
-    assert told is None or "train.precision=fp32" in told
+    assert told is None or "speed is that of train.precision=fp32" in told
