@@ -83,9 +83,9 @@ def endless(pipeline: Pipeline) -> Iterator[Batch]:
         yield from micro_batches(pipeline, epoch, start_batch=0)
 
 
-def host_batch(pipeline: Pipeline, images: int) -> Batch:
-    """So many training images in the host's memory, again from the first where there are not enough."""
-    rows = pipeline.manifest.rows("train")[:images]
+def host_batch(pipeline: Pipeline, images: int, *, different: int | None = None) -> Batch:
+    """So many training images in the host's memory; the first `different` again and again, or all that there are."""
+    rows = pipeline.manifest.rows("train")[: images if different is None else min(images, different)]
     (batch,) = evaluation_stream(
         pipeline.manifest,
         labels=pipeline.labels,

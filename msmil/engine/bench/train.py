@@ -218,8 +218,12 @@ class _Bench:
         return rows[1] | {"peak_bytes": max(0, peak)}
 
     def _largest(self, ours: OurStep) -> None:
-        parts = self.config.train.accumulation
-        found = largest_batch(lambda images: ours([host_batch(self.pipeline, images)] * parts), self.device)
+        parts, different = self.config.train.accumulation, len(self.batches[0].sample_B)
+
+        def step(images: int) -> None:
+            ours([host_batch(self.pipeline, images, different=different)] * parts)
+
+        found = largest_batch(step, self.device)
         self.found["largest_batch"] = asdict(found)
         if found.per_image_bytes is not None:
             how = f"not tried: measured {human_bytes(found.per_image_bytes)} per image, in the memory that is available"
