@@ -25,7 +25,7 @@ CODECS: Final[tuple[Codec, ...]] = ("png", "zstd")
 EXTENSION: Final[dict[str, str]] = {"png": "png", "zstd": "npy.zst"}
 
 _ZSTD_LEVEL: Final = 3
-_NPY_HEADER_BYTES: Final = 128  # of a grey image: numpy pads to a multiple of 64
+LEAD_BYTES: Final = 128  # of the .npy header of a grey image: numpy pads to a multiple of 64
 _PIL_MODES: Final = ("L", "I;16")  # uint8, uint16
 
 
@@ -47,7 +47,9 @@ def encode(image_HW: Pixels, codec: Codec) -> bytes:
     return compressed
 
 
-def decode(data: bytes, codec: Codec, *, expect_hw: tuple[int, int], dtype: npt.DTypeLike, name: object) -> Pixels:
+def decode(
+    data: bytes | memoryview, codec: Codec, *, expect_hw: tuple[int, int], dtype: npt.DTypeLike, name: object
+) -> Pixels:
     """Bytes as pixels [H, W], not to be written to.
 
     Args:
@@ -73,16 +75,59 @@ def decode(data: bytes, codec: Codec, *, expect_hw: tuple[int, int], dtype: npt.
     return image_HW
 
 
-def _decode_png(data: bytes) -> Pixels:
+def decode_into(
+    room_R: npt.NDArray[np.uint8],
+    data: bytes | memoryview,
+    codec: Codec,
+    *,
+    expect_hw: tuple[int, int],
+    dtype: npt.DTypeLike,
+    name: object,
+) -> None:
+    """Like `decode`, into memory that is there.
+
+    Args:
+        room_R: LEAD_BYTES bytes that are needed meanwhile, and are afterwards as they were before; then the pixels.
+        data, codec, expect_hw, dtype, name: as for `decode`.
+
+    Raises:
+        UserError: the bytes are no such image; what the pixels are then is not said.
+    """
+    assert len(room_R) == LEAD_BYTES + expect_hw[0] * expect_hw[1] * np.dtype(dtype).itemsize
+    if codec == "zstd" and _fills(data, len(room_R)):
+        lead = room_R[:LEAD_BYTES].tobytes()
+        try:
+            # With room for all of it Zstandard writes there, and not into memory of its own first.
+            filled = zstandard.ZstdDecompressor().stream_reader(data).readinto(room_R.data)
+            header = _npy_header(room_R[:LEAD_BYTES].tobytes())
+            if filled == len(room_R) and header == (expect_hw, np.dtype(dtype), LEAD_BYTES):
+                return
+        except (ValueError, zstandard.ZstdError):
+            pass  # what is wrong is said below
+        finally:
+            room_R[:LEAD_BYTES] = np.frombuffer(lead, np.uint8)
+    image_HW = decode(data, codec, expect_hw=expect_hw, dtype=dtype, name=name)
+    room_R[LEAD_BYTES:].view(image_HW.dtype).reshape(expect_hw)[:] = image_HW
+
+
+def _fills(data: bytes | memoryview, num_bytes: int) -> bool:
+    """Whether a frame says that it holds so many bytes."""
+    try:
+        return bool(zstandard.frame_content_size(data) == num_bytes)
+    except zstandard.ZstdError:
+        return False
+
+
+def _decode_png(data: bytes | memoryview) -> Pixels:
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         if image.mode not in _PIL_MODES:
             raise ValueError(f"not grey: mode {image.mode}")
         return np.asarray(image)
 
 
-def _decode_zstd(data: bytes) -> Pixels:
+def _decode_zstd(data: bytes | memoryview) -> Pixels:
     raw = zstandard.ZstdDecompressor().decompress(data)
-    shape, dtype, start = _npy_header(raw[:_NPY_HEADER_BYTES])
+    shape, dtype, start = _npy_header(raw[:LEAD_BYTES])
     return np.frombuffer(raw, dtype, offset=start).reshape(shape)
 
 

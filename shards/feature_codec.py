@@ -63,7 +63,7 @@ def encode(levels: Mapping[int, Tensor], dtype: FeatureType, *, zstd: bool) -> b
 
 
 def decode(
-    data: bytes, shapes: Mapping[int, tuple[int, ...]], dtype: FeatureType, *, zstd: bool, name: object
+    data: bytes | memoryview, shapes: Mapping[int, tuple[int, ...]], dtype: FeatureType, *, zstd: bool, name: object
 ) -> dict[int, Tensor]:
     """Bytes as the levels of one image, in the type they are stored in.
 
@@ -79,8 +79,7 @@ def decode(
     """
     fix = "extract the features again into an empty folder"
     try:
-        raw = zstandard.ZstdDecompressor().decompress(data) if zstd else data
-        stored = load(raw)
+        stored = load(zstandard.ZstdDecompressor().decompress(data) if zstd else bytes(data))
     except (SafetensorError, zstandard.ZstdError, ValueError) as error:
         raise UserError(f"the features of {name} cannot be decoded ({error})", fix=fix) from error
     levels: dict[int, Tensor] = {}

@@ -6,7 +6,6 @@ ranks nor interruptions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from shards.checksums import sha256, xxh3
 from shards.errors import UserError
 from shards.feature_codec import FeatureType, encode, extension
 from shards.features import WORK_FOLDER, Features, read_features, write_features
@@ -81,7 +81,7 @@ def write_shard(job: FeatureJob, shard: int, batches: Iterable[Mapping[int, Tens
             record = job.manifest.record(row)
             writer.add(f"{record.key}.json", member_json(record))
             offset = writer.add(f"{record.key}.{extension(job.zstd)}", data)
-            rows.append([record.key, offset, len(data), hashlib.sha256(data).hexdigest()])
+            rows.append([record.key, offset, len(data), sha256(data).hex(), xxh3(data).hex()])
         writer.finish()
     about = {
         "settings": job.settings,
@@ -121,8 +121,8 @@ def finish(job: FeatureJob, fields: Mapping[str, Any]) -> Features:
         about = read_sidecar(job, shard)
         assert about is not None, shard
         rows += [
-            (key, Place(shard, offset, num_bytes, bytes.fromhex(digest)))
-            for key, offset, num_bytes, digest in about["rows"]
+            (key, Place(shard, offset, num_bytes, *map(bytes.fromhex, digests)))
+            for key, offset, num_bytes, *digests in about["rows"]
         ]
         shards.append(ShardInfo(shard_name(shard), about["num_bytes"], about["sha256"], len(about["rows"])))
     assert len(rows) == len(job.manifest), "every image is encoded exactly once"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.features import FeatureReader, Features, read_features
+from shards.feature_reader import FeatureReader
+from shards.features import Features, read_features
 from shards.pool import default_processes, run_tasks
 from shards.remote.whole import tars_here
 from shards.verify import Problem, VerifyReport, check_file, check_foreign_tars
@@ -64,7 +65,7 @@ def _check_shard(task: _Task, tick: Callable[[], object]) -> list[Problem]:
 def _check_shard_here(features: Features, shard: int, tick: Callable[[], object]) -> list[Problem]:
     info = features.shards[shard]
     things = check_file(features.directory / info.name, info)
-    with FeatureReader(features) as reader:
+    with FeatureReader(features, all_checksums=True) as reader:
         for row in features.rows(shard):
             tick()
             try:

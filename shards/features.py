@@ -17,27 +17,28 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards import samples
+from shards.checksums import SHA256_BYTES, XXH3_BYTES
 from shards.errors import UserError
-from shards.feature_codec import TYPES, FeatureType, decode
+from shards.feature_codec import TYPES, FeatureType
 from shards.files import atomic_file, sha256_file
 from shards.header import ShardInfo
 from shards.manifest import FEATURES_FORMAT, MANIFEST_NAME, os_errors_for_users
-from shards.members import Called, MemberReader, Place, Places
-from shards.remote.coming import Coming
+from shards.members import Place, Places
 from shards.remote.folder import Remote, RemoteOptions, fetch_manifest, named_elsewhere
 from shards.remote.url import as_path
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 ROWS_NAME: Final = "features.arrow"
 WORK_FOLDER: Final = ".extracting"
-_AGAIN: Final = "extract the features again into an empty folder, or copy the folder again from where it is whole"
+AGAIN: Final = "extract the features again into an empty folder, or copy the folder again from where it is whole"
 _COLUMNS: Final = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("offset_bytes", pa.int64(), nullable=False),
         pa.field("num_bytes", pa.int64(), nullable=False),
-        pa.field("sha256", pa.binary(samples.SHA256_BYTES), nullable=False),
+        pa.field("sha256", pa.binary(SHA256_BYTES), nullable=False),
+        pa.field("xxh3", pa.binary(XXH3_BYTES), nullable=False),
     ]
 )
 
@@ -85,6 +86,7 @@ class Features:
         self._offset_N = samples.fixed(table, "offset_bytes")
         self._num_bytes_N = samples.fixed(table, "num_bytes")
         self._sha256_N32 = samples.digests(table)
+        self._xxh3_N16 = samples.digests(table, "xxh3")
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -116,6 +118,7 @@ class Features:
             int(self._offset_N[row]),
             int(self._num_bytes_N[row]),
             self._sha256_N32[row].tobytes(),
+            self._xxh3_N16[row].tobytes(),
         )
 
     def places(self, row_M: npt.NDArray[np.int64]) -> Places:
@@ -130,33 +133,6 @@ class Features:
     def key(self, row: int) -> str:
         """The name of a row's sample in its tar."""
         return str(self._table.column("key")[row].as_py())
-
-
-class FeatureReader(MemberReader):
-    """Reads the features of images; a context manager that closes its files."""
-
-    def __init__(self, features: Features, coming: Coming | None = None) -> None:
-        where = features.directory, features.shards
-        super().__init__(*where, made="extracted", fix=_AGAIN, remote=features.remote, coming=coming)
-        self.features = features
-
-    def read(self, row: int) -> dict[int, Any]:
-        """{level: tensor of the shape and type that the manifest says}; the SHA-256 is checked every time.
-
-        Raises:
-            UserError: the tar is missing, unreadable, truncated or changed, or the features are not as promised.
-        """
-        features = self.features
-        place, name = features.place(row), Called(lambda: f"sample {features.key(row)} (row {row})")
-        data = self._payload(place, name)
-        header = features.header
-        try:
-            return decode(data, features.levels, header.dtype, zstd=header.zstd, name=name)
-        except UserError as error:
-            raise self._error(place.shard, error.thing, error.fix) from error
-
-    def _places(self, row_M: npt.NDArray[np.int64]) -> Places:
-        return self.features.places(row_M)
 
 
 def read_features(directory: str | Path, options: RemoteOptions | None = None) -> Features:
@@ -177,7 +153,7 @@ def read_features(directory: str | Path, options: RemoteOptions | None = None) -
     copy, remote = fetch_manifest(str(directory), options or RemoteOptions())
     with named_elsewhere(copy, remote):
         features = _read_features(copy, remote)
-    remote.check_shards(features.shards, _AGAIN)
+    remote.check_shards(features.shards, AGAIN)
     return features
 
 
@@ -186,9 +162,9 @@ def _read_features(directory: Path, remote: Remote | None) -> Features:
     path = directory / ROWS_NAME
     with os_errors_for_users(path):
         if not path.is_file():
-            raise UserError("missing, though manifest.json names it", fix=_AGAIN, file=path)
+            raise UserError("missing, though manifest.json names it", fix=AGAIN, file=path)
         if path.stat().st_size != header.rows["num_bytes"] or sha256_file(path).hex() != header.rows["sha256"]:
-            raise UserError("changed since it was extracted: its checksum is another", fix=_AGAIN, file=path)
+            raise UserError("changed since it was extracted: its checksum is another", fix=AGAIN, file=path)
     return _open(directory, header, remote)
 
 
@@ -197,11 +173,11 @@ def _check_shards(features: Features) -> None:
         path = features.directory / shard.name
         with os_errors_for_users(path):
             if not path.is_file():
-                raise UserError("missing, though manifest.json names it", fix=_AGAIN, file=path)
+                raise UserError("missing, though manifest.json names it", fix=AGAIN, file=path)
             size = path.stat().st_size
         if size != shard.num_bytes:
             what = "truncated" if size < shard.num_bytes else "longer than extracted"
-            raise UserError(f"{what}: {size} bytes instead of {shard.num_bytes}", fix=_AGAIN, file=path)
+            raise UserError(f"{what}: {size} bytes instead of {shard.num_bytes}", fix=AGAIN, file=path)
 
 
 def write_features(
@@ -251,9 +227,9 @@ def _open(directory: Path, header: FeatureHeader, remote: Remote | None) -> Feat
         with pa.memory_map(str(path), "r") as source:
             table = pa.ipc.open_file(source).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"cannot be read ({error})", fix=_AGAIN, file=path) from error
+        raise UserError(f"cannot be read ({error})", fix=AGAIN, file=path) from error
     if not table.schema.equals(_COLUMNS) or table.num_rows == 0:
-        raise UserError("its columns are not those of this version", fix=_AGAIN, file=path)
+        raise UserError("its columns are not those of this version", fix=AGAIN, file=path)
     return Features(directory, header, table, remote=remote)
 
 
@@ -270,7 +246,7 @@ def _read_header(directory: Path) -> FeatureHeader:
     try:
         content = json.loads(encoded)
     except ValueError as error:
-        raise UserError(f"is not JSON ({error})", fix=_AGAIN, file=path) from error
+        raise UserError(f"is not JSON ({error})", fix=AGAIN, file=path) from error
     if not isinstance(content, dict) or content.get("format") != FEATURES_FORMAT:
         fix = "give the folder that `msmil extract` wrote"
         raise UserError("is not a manifest of features", fix=fix, file=path)
@@ -281,7 +257,7 @@ def _read_header(directory: Path) -> FeatureHeader:
         return _checked(FeatureHeader(**content))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         thing = f"has other fields than version {SCHEMA_VERSION} has ({error})"
-        raise UserError(thing, fix=_AGAIN, file=path) from error
+        raise UserError(thing, fix=AGAIN, file=path) from error
 
 
 def _checked(header: FeatureHeader) -> FeatureHeader:

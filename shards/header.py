@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from shards.codecs import CODECS
 from shards.errors import UserError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 DTYPES: Final = ("uint8", "uint16")
 FORMAT: Final = "msmil-shards"
 REPACK: Final = "pack again into an empty folder, or copy the folder again from where it is whole"

@@ -17,7 +17,7 @@ from shards import samples
 from shards.errors import UserError
 from shards.files import atomic_file, sha256_file
 from shards.header import FORMAT, REPACK, SCHEMA_VERSION, Header, ShardInfo, parse_header
-from shards.members import Places
+from shards.members import Place, Places
 from shards.remote.folder import Remote, RemoteOptions, fetch_manifest, named_elsewhere
 from shards.remote.url import as_path
 from shards.types import SampleRecord
@@ -64,6 +64,7 @@ class Manifest:
         self._offset_N = samples.fixed(table, "offset_bytes")
         self._num_bytes_N = samples.fixed(table, "num_bytes")
         self._sha256_N32 = samples.digests(table)
+        self._xxh3_N16 = samples.digests(table, "xxh3")
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -133,13 +134,14 @@ class Manifest:
         texts: list[str] = taken.cast(pa.string()).to_pylist()
         return texts
 
-    def location(self, row: int) -> tuple[int, int, int, bytes]:
-        """Shard, offset in bytes, length in bytes and SHA-256 of a row's image payload."""
-        return (
+    def location(self, row: int) -> Place:
+        """Where a row's image payload lies, and its checksums."""
+        return Place(
             int(self._shard_N[row]),
             int(self._offset_N[row]),
             int(self._num_bytes_N[row]),
             self._sha256_N32[row].tobytes(),
+            self._xxh3_N16[row].tobytes(),
         )
 
     def places(self, row_M: npt.NDArray[np.int64]) -> Places:

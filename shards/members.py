@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from shards.checksums import sha256, xxh3
 from shards.errors import UserError
 from shards.remote.coming import mean_bytes
 
@@ -29,12 +29,18 @@ MAX_OPEN: Final = 64
 
 
 class Place(NamedTuple):
-    """Where a payload lies: index of the tar, offset and length in bytes, SHA-256."""
+    """Where a payload lies: index of the tar, offset and length in bytes; its SHA-256, and XXH3 where it is known."""
 
     shard: int
     offset_bytes: int
     num_bytes: int
     sha256: bytes
+    xxh3: bytes | None = None
+
+    def holds(self, data: bytes | memoryview, *, all_checksums: bool = False) -> bool:
+        """Whether these are the bytes that were written there, by the quicker checksum or by both."""
+        quickly = self.xxh3 is None or xxh3(data) == self.xxh3
+        return quickly and (sha256(data) == self.sha256 if all_checksums or self.xxh3 is None else True)
 
 
 class Places(NamedTuple):
@@ -70,6 +76,7 @@ class MemberReader(ABC):
         fix: what to do about a broken tar.
         remote: where the tars lie instead, if it is elsewhere; they are then read through its cache.
         coming: rows that are going to be read, so that they be fetched before.
+        all_checksums: compare SHA-256, too, which is slower.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class MemberReader(ABC):
         fix: str,
         remote: Remote | None = None,
         coming: Coming | None = None,
+        all_checksums: bool = False,
     ) -> None:
         self._directory = directory
         self._shards = shards
@@ -88,9 +96,11 @@ class MemberReader(ABC):
         self._fix = fix
         self._remote = remote
         self._coming = coming
+        self._all_checksums = all_checksums
         self._members: RemoteMembers | None = None
         self._ahead: Ahead | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._memory = bytearray()
         self._pid = os.getpid()
 
     def close(self) -> None:
@@ -136,16 +146,18 @@ class MemberReader(ABC):
             self._members = RemoteMembers(remote, self._shards, self._error)
         return self._members
 
-    def _payload(self, place: Place, name: Called) -> bytes:
+    def _payload(self, place: Place, name: Called, *, lasting: bool) -> bytes | memoryview:
         """The bytes at a place; `name` is what the errors call them.
+
+        Those that need not be `lasting` may lie in memory that the next ones are read into.
 
         Raises:
             UserError: the tar is missing, unreadable, truncated or changed.
         """
         if self._remote is not None:
             return self._of_remote(self._remote).payload(place, name)
-        data = self._read_bytes(place, name)
-        if hashlib.sha256(data).digest() != place.sha256:
+        data = self._read_bytes(place, name, lasting=lasting)
+        if not place.holds(data, all_checksums=self._all_checksums):
             thing = f"changed since it was {self._made}: the checksum of {name} is another"
             raise self._error(place.shard, thing)
         return data
@@ -154,23 +166,32 @@ class MemberReader(ABC):
         where = self._directory if self._remote is None else self._remote.url
         return UserError(thing, fix=fix or self._fix, file=f"{where}/{self._shards[shard].name}")
 
-    def _read_bytes(self, place: Place, name: Called) -> bytes:
-        shard, offset, num_bytes, _ = place
+    def _read_bytes(self, place: Place, name: Called, *, lasting: bool) -> bytes | memoryview:
+        shard, offset, num_bytes, *_ = place
         try:
             descriptor = self._open(shard)
-            data = os.pread(descriptor, num_bytes, offset)
-            while len(data) < num_bytes:
-                more = os.pread(descriptor, num_bytes - len(data), offset + len(data))
-                if not more:
-                    size = os.fstat(descriptor).st_size
-                    thing = f"truncated: {name} ends at byte {offset + num_bytes}, the file at byte {size}"
-                    raise self._error(shard, thing)
-                data += more
+            data = _read_anew(descriptor, place) if lasting else self._read_again(descriptor, place)
+            if len(data) < num_bytes:
+                size = os.fstat(descriptor).st_size
+                thing = f"truncated: {name} ends at byte {offset + num_bytes}, the file at byte {size}"
+                raise self._error(shard, thing)
         except FileNotFoundError as error:
             raise self._error(shard, f"missing: {name} cannot be read") from error
         except OSError as error:
             raise self._error(shard, f"{name} cannot be read ({error.strerror})") from error
         return data
+
+    def _read_again(self, descriptor: int, place: Place) -> memoryview:
+        """What is there of a payload, in memory that stays in the processor's caches."""
+        if len(self._memory) < place.num_bytes:
+            self._memory = bytearray(place.num_bytes)
+        memory, done = memoryview(self._memory)[: place.num_bytes], 0
+        while done < place.num_bytes:
+            read = os.preadv(descriptor, [memory[done:]], place.offset_bytes + done)
+            if not read:
+                break
+            done += read
+        return memory[:done]
 
     def _open(self, shard: int) -> int:
         if self._pid != os.getpid():
@@ -185,3 +206,14 @@ class MemberReader(ABC):
             os.close(self._files.popitem(last=False)[1])
         self._files[shard] = descriptor
         return descriptor
+
+
+def _read_anew(descriptor: int, place: Place) -> bytes:
+    """What is there of a payload, in memory of its own."""
+    data = os.pread(descriptor, place.num_bytes, place.offset_bytes)
+    while len(data) < place.num_bytes:
+        more = os.pread(descriptor, place.num_bytes - len(data), place.offset_bytes + len(data))
+        if not more:
+            break
+        data += more
+    return data

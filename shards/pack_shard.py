@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 
 from shards import samples
+from shards.checksums import sha256, xxh3
 from shards.codecs import EXTENSION, Codec, Pixels, encode
 from shards.errors import UserError
 from shards.files import atomic_file
@@ -225,7 +226,8 @@ def _add(
         shard=task.index,
         offset_bytes=0,
         num_bytes=len(payload),
-        sha256=hashlib.sha256(payload).digest(),
+        sha256=sha256(payload),
+        xxh3=xxh3(payload),
         image_id=row.image_id,
         exam_id=row.exam_id,
         patient_id=row.patient_id,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
-from shards.codecs import CODECS, Pixels, decode
+from shards.codecs import Pixels, decode, decode_into
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.members import Called, MemberReader, Place, Places
+from shards.members import Called, MemberReader, Places
 from shards.remote.coming import Coming
+
+_Decoded = TypeVar("_Decoded", Pixels, None)
 
 
 class ShardReader(MemberReader):
     """Reads samples of a packed folder."""
 
-    def __init__(self, manifest: Manifest, coming: Coming | None = None) -> None:
+    def __init__(self, manifest: Manifest, coming: Coming | None = None, *, all_checksums: bool = False) -> None:
         super().__init__(
             manifest.directory,
             manifest.shards,
@@ -23,22 +29,29 @@ class ShardReader(MemberReader):
             fix=f"run `msmil verify {manifest.place}` to see what is broken, then copy the folder or pack it again",
             remote=manifest.remote,
             coming=coming,
+            all_checksums=all_checksums,
         )
         self.manifest = manifest
 
     def read(self, row: int) -> Pixels:
-        """The image of a manifest row, [H, W] of the manifest's size and type; its SHA-256 is checked every time.
+        """The image of a manifest row, [H, W] of the manifest's size and type; its checksum is checked every time.
 
         Raises:
             UserError: the tar is missing, unreadable, truncated or changed, or the image is not as the manifest says.
         """
-        place, name = Place(*self.manifest.location(row)), Called(lambda: self._name(row))
-        data = self._payload(place, name)
-        codec = self.manifest.codec
-        assert codec in CODECS
-        size = (self.manifest.height_px, self.manifest.width_px)
+        return self._decoded(row, decode)
+
+    def read_into(self, room_R: npt.NDArray[np.uint8], row: int) -> None:
+        """The same into memory that is there: LEAD_BYTES bytes that are left as they were, then the pixels."""
+        self._decoded(row, functools.partial(decode_into, room_R))
+
+    def _decoded(self, row: int, how: Callable[..., _Decoded]) -> _Decoded:
+        manifest = self.manifest
+        place, name = manifest.location(row), Called(lambda: self._name(row))
+        data = self._payload(place, name, lasting=False)
+        size = (manifest.height_px, manifest.width_px)
         try:
-            return decode(data, codec, expect_hw=size, dtype=self.manifest.dtype, name=name)
+            return how(data, manifest.codec, expect_hw=size, dtype=manifest.dtype, name=name)
         except UserError as error:
             raise self._error(place.shard, error.thing, error.fix) from error
 

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shards.checksums import SHA256_BYTES, XXH3_BYTES
 from shards.types import Box, Geometry, SampleRecord
 
 LABEL_PREFIX: Final = "label_"
 GEOMETRY_PREFIX: Final = "geometry_"
-SHA256_BYTES: Final = 32
 
 _TEXT: Final = ("key", "image_id", "exam_id", "patient_id")
 _CATEGORY: Final = ("laterality", "view", "split", "manufacturer", "density", "birads")
@@ -38,7 +38,7 @@ def schema(labels: Sequence[str], *, encoded: bool) -> pa.Schema:
     category = pa.dictionary(pa.int32(), pa.string()) if encoded else pa.string()
     columns = [(name, pa.string()) for name in _TEXT]
     columns += [("shard", pa.int32()), ("offset_bytes", pa.int64()), ("num_bytes", pa.int64())]
-    columns += [("sha256", pa.binary(SHA256_BYTES)), ("fold", pa.int16())]
+    columns += [("sha256", pa.binary(SHA256_BYTES)), ("xxh3", pa.binary(XXH3_BYTES)), ("fold", pa.int16())]
     columns += [(name, category) for name in _CATEGORY]
     columns += [(LABEL_PREFIX + name, pa.int8()) for name in labels]
     columns += [("boxes", pa.list_(_BOX))]
@@ -60,7 +60,7 @@ def to_table(records: Sequence[SampleRecord], labels: Sequence[str]) -> pa.Table
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in plain}, schema=plain)
 
 
-_PLAIN: Final = (*_TEXT, "shard", "offset_bytes", "num_bytes", "sha256", "fold", *_CATEGORY)
+_PLAIN: Final = (*_TEXT, "shard", "offset_bytes", "num_bytes", "sha256", "xxh3", "fold", *_CATEGORY)
 
 
 def encode(table: pa.Table, labels: Sequence[str]) -> pa.Table:
@@ -125,9 +125,9 @@ def _starts(column: Any) -> np.ndarray[Any, Any]:
 
 
 def digests(table: pa.Table, name: str = "sha256") -> np.ndarray[Any, Any]:
-    """A column of digests as uint8 [N, 32] that shares the table's memory."""
+    """A column of digests as uint8 [N, bytes of each] that shares the table's memory."""
     chunk = _chunk(table, name)
-    data = np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, SHA256_BYTES)
+    data = np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, chunk.type.byte_width)
     return data[chunk.offset : chunk.offset + len(chunk)]
 
 

@@ -1,6 +1,6 @@
 """Rows made into batches: read, decoded and put together, in a decoding process or in this one.
 
-B images, H W pixels, K labels, M samples of this rank in order.
+B images, H W pixels, R bytes of room for them, K labels, M samples of this rank in order.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from shards.codecs import Pixels
+from shards.codecs import LEAD_BYTES
 from shards.errors import UserError
 from shards.feature_codec import TYPES
-from shards.features import FeatureReader, Features
+from shards.feature_reader import FeatureReader
+from shards.features import Features
 from shards.manifest import Manifest
 from shards.plan import worker_batches
 from shards.reader import ShardReader
 from shards.remote.coming import Coming, coming
-from shards.slots import SentBatch, Slots, slots_for
+from shards.slots import SentBatch, Slots, room_bytes, slots_for
 from shards.types import Batch
 
 
@@ -64,6 +65,7 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
         self.row_M = row_M
         self.counts_M = counts_M
         self.size = size
+        self._shape = (size, 1, manifest.height_px, manifest.width_px)
         self.num_batches = -(-len(row_M) // size)
         image_bytes = manifest.height_px * manifest.width_px * np.dtype(manifest.dtype).itemsize if images else 0
         self.num_bytes = size * (image_bytes + (0 if features is None else features.num_bytes))
@@ -77,9 +79,8 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
     def prepare(self, *, workers: int, prefetch_batches: int) -> None:
         """Take the memory for images that so many decoding processes (0: this one) use again and again."""
         if self.images:
-            shape = (self.size, 1, self.manifest.height_px, self.manifest.width_px)
             self.slots = Slots(
-                shape,
+                self._shape,
                 self.manifest.dtype,
                 writers=max(workers, 1),
                 per_writer=slots_for(prefetch_batches if workers else 0),
@@ -100,33 +101,41 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
                         reader.reach(g)
                 part = slice(g * self.size, (g + 1) * self.size)
                 slot = None if self.slots is None else self.slots.claim(worker)
-                pixels_B1HW = self._memory(slot, len(self.row_M[part]))
+                room_R = self._room(slot)
                 try:
-                    batch = self._batch(images, features, part, pixels_B1HW)
+                    batch = self._batch(images, features, part, room_R)
                 except UserError as error:
                     yield Failure(error.thing, error.fix, error.file)
                     continue
                 if slot is not None and self.slots is not None:
                     yield self.slots.sent(slot, batch) if info is not None else self.slots.filled(slot, batch)
                 else:
-                    batch.image_B1HW = None if pixels_B1HW is None else torch.from_numpy(pixels_B1HW)
+                    batch.image_B1HW = None if room_R is None else self._images(room_R, len(batch.sample_B))
                     yield batch
 
-    def _memory(self, slot: int | None, images: int) -> Pixels | None:
+    def _room(self, slot: int | None) -> NDArray[np.uint8] | None:
         """Where the images of a batch are written: its slot, or fresh memory; None where no images are read."""
         if slot is not None and self.slots is not None:
-            return self.slots.pixels(slot, images)
-        shape = (images, 1, self.manifest.height_px, self.manifest.width_px)
-        return np.empty(shape, self.manifest.dtype) if self.images else None
+            return self.slots.room(slot)
+        return np.empty(room_bytes(self._shape, self.manifest.dtype), np.uint8) if self.images else None
+
+    def _images(self, room_R: NDArray[np.uint8], number: int) -> torch.Tensor:
+        """The first images in a room, as a tensor [B, 1, H, W]."""
+        pixels_B1HW = room_R[LEAD_BYTES:].view(self.manifest.dtype).reshape(self._shape)
+        return torch.from_numpy(pixels_B1HW[:number])
 
     def _batch(
-        self, images: ShardReader | None, features: FeatureReader | None, part: slice, pixels_B1HW: Pixels | None
+        self,
+        images: ShardReader | None,
+        features: FeatureReader | None,
+        part: slice,
+        room_R: NDArray[np.uint8] | None,
     ) -> Batch:
-        """The batch of these rows but for its images, which are written to `pixels_B1HW`."""
+        """The batch of these rows but for its images, which are written to `room_R`."""
         row_B, weight_B = self.row_M[part], self.counts_M[part].astype(np.float32)
         broken: dict[int, str] = {}
-        if images is not None and pixels_B1HW is not None:
-            self._write_images(images, row_B, broken, pixels_B1HW)
+        if images is not None and room_R is not None:
+            self._write_images(images, row_B, broken, room_R)
         levels = None if features is None else self._levels(features, row_B, broken)
         skipped = {place: text for place, text in broken.items() if weight_B[place] > 0}  # padding is in no epoch
         weight_B[list(skipped)] = 0
@@ -140,13 +149,16 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
         )
 
     def _write_images(
-        self, reader: ShardReader, row_B: NDArray[np.int32], broken: dict[int, str], pixels_B1HW: Pixels
+        self, reader: ShardReader, row_B: NDArray[np.int32], broken: dict[int, str], room_R: NDArray[np.uint8]
     ) -> None:
+        num_bytes = (len(room_R) - LEAD_BYTES) // self.size
         for place, row in enumerate(row_B.tolist()):
+            # what lies before an image, the end of the one before it, is left as it is
+            part_R = room_R[place * num_bytes : LEAD_BYTES + (place + 1) * num_bytes]
             with self._skipping(place, broken):
-                pixels_B1HW[place, 0] = reader.read(row)
+                reader.read_into(part_R, row)
             if place in broken:
-                pixels_B1HW[place] = 0
+                part_R[LEAD_BYTES:] = 0
 
     def _levels(
         self, reader: FeatureReader, row_B: NDArray[np.int32], broken: dict[int, str]

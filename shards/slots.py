@@ -2,7 +2,7 @@
 
 A page of memory that a process touches for the first time costs the kernel more than the pixels that are written to
 it: twice for batches of decoding processes, which write them and the training process, which maps them. So each
-decoding process writes into a few slots of shared memory, made once. S slots, B images, H W pixels.
+decoding process writes into a few slots of shared memory, made once. S slots, B images, H W pixels, R bytes of room.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shards.codecs import Pixels
+from shards.codecs import LEAD_BYTES
 from shards.types import Batch
 
 # A batch that the training process works on, and one that it makes ready.
@@ -30,6 +30,11 @@ _open: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
 def slots_for(prefetch_batches: int) -> int:
     """How many slots a decoding process needs that keeps so many batches ready."""
     return prefetch_batches + _IN_USE
+
+
+def room_bytes(shape_b1hw: tuple[int, ...], dtype: str) -> int:
+    """The memory that images are decoded into (`shards.codecs.decode_into`)."""
+    return LEAD_BYTES + prod(shape_b1hw) * np.dtype(dtype).itemsize
 
 
 class Slots:
@@ -49,11 +54,12 @@ class Slots:
 
     def __init__(self, shape_b1hw: tuple[int, ...], dtype: str, *, writers: int, per_writer: int, shared: bool) -> None:
         self._shape, self._dtype, self._per_writer = shape_b1hw, np.dtype(dtype), per_writer
-        num_bytes = prod(shape_b1hw) * self._dtype.itemsize
-        self._memory_SB = torch.empty((writers * per_writer, num_bytes), dtype=torch.uint8)
+        num_bytes = room_bytes(shape_b1hw, dtype)
+        aligned = -(-num_bytes // LEAD_BYTES) * LEAD_BYTES
+        self._memory_SR = torch.empty((writers * per_writer, aligned), dtype=torch.uint8)[:, :num_bytes]
         self._taken_S = torch.zeros(writers * per_writer, dtype=torch.uint8)
         if shared:
-            self._memory_SB.share_memory_()
+            self._memory_SR.share_memory_()
             self._taken_S.share_memory_()
         self._number = next(_numbers)
         _open[self._number] = self
@@ -68,14 +74,14 @@ class Slots:
         self._taken_S[slot] = 1
         return slot
 
-    def pixels(self, slot: int, images: int) -> Pixels:
-        """The first images of a slot, [B, 1, H, W], to be written."""
-        pixels_B: NDArray[np.uint8] = self._memory_SB[slot].numpy()
-        return pixels_B.view(self._dtype).reshape(self._shape)[:images]
+    def room(self, slot: int) -> NDArray[np.uint8]:
+        """The memory of a slot, to be written: LEAD_BYTES, then its images."""
+        room_R: NDArray[np.uint8] = self._memory_SR[slot].numpy()
+        return room_R
 
     def tensor(self, slot: int, images: int) -> torch.Tensor:
         """The same as a tensor; with the last reference to it the slot is free."""
-        pixels_B1HW = self.pixels(slot, images)
+        pixels_B1HW = self.room(slot)[LEAD_BYTES:].view(self._dtype).reshape(self._shape)[:images]
         # the tensor's storage, which all its views share, holds this one array
         weakref.finalize(pixels_B1HW, _free, self._taken_S, slot).atexit = False
         return torch.from_numpy(pixels_B1HW)

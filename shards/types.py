@@ -61,6 +61,7 @@ class SampleRecord:
     offset_bytes: int
     num_bytes: int
     sha256: bytes
+    xxh3: bytes
     image_id: str
     exam_id: str
     patient_id: str

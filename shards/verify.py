@@ -151,7 +151,7 @@ def _check_shard_here(manifest: Manifest, shard: int, tick: Callable[[], object]
         things.append(f"the manifest counts {info.num_samples} samples, samples.arrow {len(row_S)}")
     things += _check_members(manifest, path, row_S)
     pixels = []
-    with ShardReader(manifest) as reader:
+    with ShardReader(manifest, all_checksums=True) as reader:
         for row in row_S.tolist():
             tick()
             try:

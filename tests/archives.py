@@ -163,7 +163,7 @@ def pack_grouped(archive: GroupedArchive, out: Path, **options: Any) -> PackRepo
 
 def stored_image(manifest: Manifest, row: int) -> Pixels:
     """The pixels of a row, found by the manifest alone."""
-    shard, offset, num_bytes, _ = manifest.location(row)
+    shard, offset, num_bytes, *_ = manifest.location(row)
     data = (manifest.directory / manifest.shards[shard].name).read_bytes()[offset : offset + num_bytes]
     codec: Any = manifest.codec
     size = (manifest.height_px, manifest.width_px)

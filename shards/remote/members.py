@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from shards.cache import Claim
+from shards.checksums import sha256
 from shards.errors import UserError
 from shards.members import Called, Place
 
@@ -56,7 +57,7 @@ class RemoteMembers:
         while True:
             data = self._cache.get(place.sha256)
             if data is not None:
-                if _is(data, place.sha256):
+                if place.holds(data):
                     return data
                 self._cache.discard(place.sha256)  # this disk has changed it
                 continue
@@ -95,14 +96,14 @@ class RemoteMembers:
                 data = self._store.read(self._shards[first.shard].name, start, last.offset_bytes + last.num_bytes)
                 for place, claim in run:
                     part = data[place.offset_bytes - start :][: place.num_bytes]
-                    if _is(part, place.sha256):
+                    if sha256(part) == place.sha256:
                         claim.put(part)
 
     def _fetch_one(self, place: Place, name: Called) -> bytes:
         start = place.offset_bytes
         for _ in range(_TRIES):
             data = self._store.read(self._shards[place.shard].name, start, start + place.num_bytes)
-            if _is(data, place.sha256):
+            if sha256(data) == place.sha256:
                 return data
         thing = f"changed since it was packed: the checksum of {name} is another, {_TRIES} times in a row"
         raise self._error(place.shard, thing, None)
@@ -117,7 +118,7 @@ class RemoteMembers:
                 if data is None:
                     self.waits += 1
                     self._ensure_shard(place.shard, wait=True)
-            if _is(data, place.sha256):
+            if place.holds(data):
                 return data
             self._cache.discard(digest)
         raise self._error(place.shard, f"changed since it was packed: the checksum of {name} is another", None)
@@ -152,10 +153,6 @@ class RemoteMembers:
         except OSError as error:
             thing = f"cannot be written into the cache ({error.strerror or error})"
             raise self._error(shard, thing, _SMALL) from error
-
-
-def _is(data: bytes, sha256: bytes) -> bool:
-    return hashlib.sha256(data).digest() == sha256
 
 
 def _neighbours(claimed: Sequence[tuple[Place, Claim]]) -> Iterator[list[tuple[Place, Claim]]]:

@@ -44,7 +44,6 @@ def write_rows(folder: Path, rows: int) -> Path:
         "split": pa.array(np.array(["train"] * 8 + ["val", "test"])[row_N // 4 % 10]),
         **{name: pa.array(np.full(rows, "unknown")) for name in ("manufacturer", "density", "birads")},
     }
-    digests = np.random.default_rng(0).integers(0, 256, (rows, samples.SHA256_BYTES), np.uint8)
     numbers: dict[str, Any] = {
         "shard": row_N // PER_SHARD,
         "offset_bytes": row_N % PER_SHARD * _SAMPLE_BYTES,
@@ -57,7 +56,8 @@ def write_rows(folder: Path, rows: int) -> Path:
             columns.append(texts[field.name].cast(field.type))
         elif field.name in numbers:
             columns.append(pa.array(numbers[field.name]).cast(field.type))
-        elif field.name == "sha256":
+        elif field.name in ("sha256", "xxh3"):
+            digests = np.random.default_rng(0).integers(0, 256, (rows, field.type.byte_width), np.uint8)
             columns.append(pa.FixedSizeBinaryArray.from_buffers(field.type, rows, [None, pa.py_buffer(digests)]))
         elif field.name == "boxes":
             empty = pa.array([], field.type.value_type)

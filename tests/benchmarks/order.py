@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 from torch.utils.data import DistributedSampler
 
 from shards import samples, stream
+from shards.checksums import SHA256_BYTES, XXH3_BYTES
 from shards.manifest import read_manifest, write_manifest
 from shards.plan import worker_batches
 from shards.subset import with_fraction
@@ -83,9 +84,9 @@ def make_folder(folder: Path, images: int) -> None:
         columns[name] = pc.binary_join_element_wise(f"a-{name}-of-usual-length-", pc.cast(number_N, pa.string()), "")
     columns["shard"] = pa.array((row_N // IMAGES_PER_SHARD).astype(np.int32))
     columns["offset_bytes"] = pa.array(row_N % IMAGES_PER_SHARD * 1_000_000)
-    columns["sha256"] = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(samples.SHA256_BYTES), images, [None, pa.py_buffer(rng.bytes(images * samples.SHA256_BYTES))]
-    )
+    for name, size in (("sha256", SHA256_BYTES), ("xxh3", XXH3_BYTES)):
+        data = pa.py_buffer(rng.bytes(images * size))
+        columns[name] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), images, [None, data])
     columns["split"] = pa.array(["train"]).take(pa.array(np.zeros(images, np.int32)))
     schema = samples.schema(LABELS, encoded=False)
     fill = {pa.string(): "", pa.int64(): 1_000_000, pa.bool_(): False}

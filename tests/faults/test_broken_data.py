@@ -30,7 +30,7 @@ LONG = {"train": {"epochs": 5000}, "evaluate": {"every_epochs": 5000}, "checkpoi
 
 def flip(manifest: Manifest, row: int) -> None:
     """Change a byte in the middle of a sample."""
-    shard, offset, size, _ = manifest.location(row)
+    shard, offset, size, *_ = manifest.location(row)
     with (manifest.directory / manifest.shards[shard].name).open("r+b") as tar:
         tar.seek(offset + size // 2)
         byte = tar.read(1)[0]

@@ -270,7 +270,7 @@ def test_a_changed_tar_stops_all_ranks_with_its_name(tmp_path: Path, packed: Pat
     copy = copy_shards(packed, tmp_path)
     manifest = read_manifest(copy)
     row = int(manifest.rows("train")[0])
-    shard, offset, size, _ = manifest.location(row)
+    shard, offset, size, *_ = manifest.location(row)
     tar = copy / manifest.shards[shard].name
     data = bytearray(tar.read_bytes())
     data[offset + size // 2] ^= 0xFF

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from shards.codecs import CODECS, Codec, decode, encode
+from shards.codecs import CODECS, LEAD_BYTES, Codec, decode, decode_into, encode
 from shards.errors import UserError
 
 IMAGES = st.sampled_from([np.uint8, np.uint16]).flatmap(
@@ -29,6 +29,61 @@ def test_pixels_come_back(codec: Codec, image_HW: np.ndarray) -> None:
     assert back_HW.dtype == image_HW.dtype
     np.testing.assert_array_equal(back_HW, image_HW)
     assert encode(back_HW, codec) == data, "the same pixels give the same bytes"
+
+
+def decode_between(data: bytes, codec: Codec, *, hw: tuple[int, int], dtype: type) -> np.ndarray:
+    """Decode into memory between other bytes, which have to stay as they are."""
+    num_bytes = hw[0] * hw[1] * np.dtype(dtype).itemsize
+    memory = np.full(LEAD_BYTES + num_bytes + 64, 77, np.uint8)
+    try:
+        decode_into(memory[: LEAD_BYTES + num_bytes], data, codec, expect_hw=hw, dtype=dtype, name="x")
+    finally:
+        assert (memory[:LEAD_BYTES] == 77).all()
+        assert (memory[-64:] == 77).all()
+    return memory[LEAD_BYTES:-64].view(dtype).reshape(hw)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@settings(max_examples=30)
+@given(image_HW=IMAGES)
+def test_pixels_come_back_into_memory_that_is_there(codec: Codec, image_HW: np.ndarray) -> None:
+    data = encode(image_HW, codec)
+    back_HW = decode_between(data, codec, hw=image_HW.shape, dtype=image_HW.dtype)
+    np.testing.assert_array_equal(back_HW, image_HW)
+
+
+def test_zstandard_writes_to_that_memory_and_not_to_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of the published size, as packed; the way with a copy behind it is not taken."""
+    image_HW = np.random.default_rng(0).integers(0, 255, (1520, 912), np.uint8)
+    monkeypatch.setattr("shards.codecs.decode", None)
+    np.testing.assert_array_equal(
+        decode_between(encode(image_HW, "zstd"), "zstd", hw=(1520, 912), dtype=np.uint8), image_HW
+    )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d[: len(d) // 2],
+        lambda d: b"",
+        lambda d: b"text" * 20,
+        lambda d: d[:40] + bytes(b ^ 255 for b in d[40:]),
+    ],
+)
+def test_broken_bytes_touch_nothing_beside_that_memory(codec: Codec, damage: object) -> None:
+    data = damage(encode(np.random.default_rng(0).integers(0, 255, (30, 20), np.uint8), codec))
+    with pytest.raises(UserError, match="the image of x cannot be decoded"):
+        decode_between(data, codec, hw=(30, 20), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_another_size_is_refused_there_too(codec: Codec) -> None:
+    """A turned image has as many bytes, a longer one would not fit."""
+    data = encode(np.zeros((30, 20), np.uint8), codec)
+    for hw, dtype in (((20, 30), np.uint8), ((29, 20), np.uint8), ((31, 20), np.uint8), ((15, 20), np.uint16)):
+        with pytest.raises(UserError, match="is 30 x 20 uint8"):
+            decode_between(data, codec, hw=hw, dtype=dtype)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -22,7 +22,8 @@ from launch.cli import main
 from shards.errors import UserError
 from shards.feature_codec import TYPES, decode, encode
 from shards.feature_pack import write_shard
-from shards.features import FeatureReader, Features, read_features
+from shards.feature_reader import FeatureReader
+from shards.features import Features, read_features
 from shards.manifest import Manifest, read_manifest
 from tests.archives import contents
 from tests.features import BATCH, SHAPES, batches, make_features, make_job, random_levels, write_left

@@ -32,6 +32,7 @@ def record(row: int, **changed: Any) -> SampleRecord:
         "offset_bytes": 512 * row,
         "num_bytes": 10 + row,
         "sha256": bytes([row]) * 32,
+        "xxh3": bytes([row]) * 16,
         "image_id": f"i{row}",
         "exam_id": f"e{row // 4}",
         "patient_id": f"p{row // 4}",
@@ -81,7 +82,7 @@ def test_columns(tmp_path: Path) -> None:
     assert manifest.label_NK(["Mass"]).dtype == np.int8
     assert manifest.text("image_id", [2, 0, 2]) == ["i2", "i0", "i2"]
     assert manifest.text("laterality", np.array([1, 0])) == ["R", "L"]
-    assert manifest.location(3) == (1, 1536, 13, bytes([3]) * 32)
+    assert manifest.location(3) == (1, 1536, 13, bytes([3]) * 32, bytes([3]) * 16)
 
 
 def test_a_split_that_is_not_there_has_no_rows(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_an_unknown_label_names_those_that_are_there(tmp_path: Path) -> None:
 def test_the_place_of_a_sample_holds_its_image(packed: Path) -> None:
     manifest = read_manifest(packed)
     for row in (0, len(manifest) // 2, len(manifest) - 1):
-        shard, offset, num_bytes, _ = manifest.location(row)
+        shard, offset, num_bytes, *_ = manifest.location(row)
         data = (packed / manifest.shards[shard].name).read_bytes()[offset : offset + num_bytes]
         image_HW = decode(data, "png", expect_hw=(manifest.height_px, manifest.width_px), dtype="uint8", name="x")
         assert image_HW.any()

@@ -67,7 +67,7 @@ def test_a_missing_tar_is_named_with_the_sample_and_a_fix(manifest):
 
 
 def test_a_truncated_tar_is_named_with_both_sizes(manifest):
-    _, offset, num_bytes, _ = manifest.location(6)
+    _, offset, num_bytes, *_ = manifest.location(6)
     os.truncate(tar_of(manifest, 6), offset + num_bytes - 1)
     with ShardReader(manifest) as reader:
         with pytest.raises(
@@ -83,7 +83,7 @@ def test_a_truncated_tar_is_named_with_both_sizes(manifest):
 @pytest.mark.parametrize("codec", ["png", "zstd"])
 def test_one_changed_byte_is_found_even_where_the_image_still_decodes(tiny_archive, tmp_path, codec):
     manifest = packed_from(tiny_archive, tmp_path / "shards", codec)
-    _, offset, num_bytes, _ = manifest.location(7)
+    _, offset, num_bytes, *_ = manifest.location(7)
     with tar_of(manifest, 7).open("r+b") as file:
         file.seek(offset + num_bytes - 1)  # the end of a PNG is a checksum of nothing
         last = file.read(1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from shards.codecs import LEAD_BYTES
 from shards.manifest import Manifest, read_manifest
 from shards.share import Share
 from shards.slots import Slots, slots_for
@@ -50,7 +51,7 @@ def test_a_slot_is_free_again_with_the_last_reference_to_its_batch():
     first, second = memory.claim(0), memory.claim(0)
     assert (first, second) == (0, 1)
     assert memory.claim(0) is None
-    memory.pixels(first, 2)[:] = 40_000
+    memory.room(first)[LEAD_BYTES:].view(np.uint16)[:] = 40_000
     whole = memory.tensor(first, 2)
     part = whole[1:]
     del whole
@@ -69,13 +70,13 @@ def test_writers_have_slots_of_their_own():
 def test_a_batch_is_sent_without_its_images_and_found_with_them():
     memory = slots()
     slot = memory.claim(0)
-    pixels_B1HW = memory.pixels(slot, 1)
-    pixels_B1HW[:] = 7
+    room_R = memory.room(slot)
+    room_R[LEAD_BYTES:] = 7
     rest = Batch(None, torch.zeros(1, 2), torch.ones(1), torch.tensor([5]))
     sent = pickle.dumps(memory.sent(slot, rest))
     batch = pickle.loads(sent)  # our own
     assert batch.sample_B.tolist() == [5]
-    assert batch.image_B1HW.data_ptr() == pixels_B1HW.ctypes.data
+    assert batch.image_B1HW.data_ptr() == room_R.ctypes.data + LEAD_BYTES
     assert batch.image_B1HW.shape == (1, 1, 3, 5)
     del batch
     assert memory.claim(0) == 0
@@ -117,8 +118,8 @@ def test_a_skipped_image_shows_nothing_of_the_batch_before_it(packed, tmp_path):
     row_M = np.arange(len(broken), dtype=np.int32)
     share = Share(broken, labels=LABELS, row_M=row_M, counts_M=np.ones(len(row_M), bool), size=SIZE, on_error="skip")
     share.prepare(workers=0, prefetch_batches=0)
-    share.slots.pixels(0, SIZE)[:] = 255
-    share.slots.pixels(1, SIZE)[:] = 255
+    share.slots.room(0)[:] = 255
+    share.slots.room(1)[:] = 255
     [batch] = islice(share, 5, 6)
     assert list(batch.skipped) == [1]
     assert not batch.image_B1HW[1].any()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from shards import samples
+from shards.checksums import sha256, xxh3
 from shards.codecs import encode
 from shards.errors import UserError
 from shards.files import sha256_file
@@ -47,7 +48,7 @@ def test_what_was_packed_is_whole(packed: Path, processes: int) -> None:
 
 def test_a_flipped_bit_names_the_tar_and_the_sample(folder: Path) -> None:
     manifest = read_manifest(folder)
-    shard, offset, num_bytes, _ = manifest.location(17)
+    shard, offset, num_bytes, *_ = manifest.location(17)
     tar = folder / manifest.shards[shard].name
     data = bytearray(tar.read_bytes())
     data[offset + num_bytes // 2] ^= 1
@@ -76,6 +77,18 @@ def test_everything_is_told_at_once(folder: Path) -> None:
     assert "... and" in str(report), "a file with many problems is cut short"
 
 
+@pytest.mark.parametrize("column", ["sha256", "xxh3"])
+def test_each_of_the_two_checksums_is_compared(folder: Path, column: str) -> None:
+    """Reading compares the quicker one alone."""
+    manifest = read_manifest(folder)
+    records = [manifest.record(row) for row in range(len(manifest))]
+    other = getattr(records[4], column)
+    rewrite(folder, [replace(record, **{column: other}) if record.row == 3 else record for record in records])
+    name = manifest.text("image_id", [3])[0]
+    thing = f"changed since it was packed: the checksum of sample {name} (row 3) is another"
+    assert check(folder) == [(manifest.shards[0].name, thing)]
+
+
 def repack(folder: Path, change: Callable[[SampleRecord, bytes, bytes], tuple[str, bytes, bytes]]) -> None:
     """Rewrite the first tar with changed members, and make manifest and samples.arrow believe in it."""
     manifest = read_manifest(folder)
@@ -90,7 +103,8 @@ def repack(folder: Path, change: Callable[[SampleRecord, bytes, bytes], tuple[st
             key, document, image = change(record, members[2 * i], members[2 * i + 1])
             writer.add(f"{key}.json", document)
             offset = writer.add(f"{key}.png", image)
-            changed.append(replace(record, offset_bytes=offset, num_bytes=len(image), sha256=_sha256(image)))
+            place = {"offset_bytes": offset, "num_bytes": len(image), "sha256": sha256(image), "xxh3": xxh3(image)}
+            changed.append(replace(record, **place))
         writer.finish()
     rewrite(folder, changed + records[len(changed) :], path)
 
@@ -105,12 +119,6 @@ def rewrite(folder: Path, records: list[SampleRecord], tar: Path | None = None) 
     if tar is not None:
         header["shards"][0] |= {"num_bytes": tar.stat().st_size, "sha256": sha256_file(tar).hex()}
     write_manifest(folder, samples.to_table(records, header["labels"]), header)
-
-
-def _sha256(data: bytes) -> bytes:
-    import hashlib
-
-    return hashlib.sha256(data).digest()
 
 
 def only(index: int, changed: Any) -> Callable[[SampleRecord, bytes, bytes], tuple[str, bytes, bytes]]:

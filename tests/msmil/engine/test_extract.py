@@ -28,7 +28,8 @@ from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime
 from msmil.engine.train import train
 from shards.errors import UserError
-from shards.features import FeatureReader, read_features
+from shards.feature_reader import FeatureReader
+from shards.features import read_features
 from tests.archives import contents, make_grouped_archive, pack_grouped
 from tests.experiments import write_tiny
 from tests.msmil.engine.test_train import reset

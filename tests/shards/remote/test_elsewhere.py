@@ -230,7 +230,7 @@ class TestBroken:
         copy.mkdir()
         for file in folder.iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
-        shard, offset, _, _ = read_manifest(folder).location(row)
+        shard, offset, *_ = read_manifest(folder).location(row)
         tar = copy / f"shard-{shard:06d}.tar"
         data = bytearray(tar.read_bytes())
         data[offset] ^= 1
