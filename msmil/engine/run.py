@@ -16,6 +16,7 @@ from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
 from msmil.engine.board import has_maps, start_of_run
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint, load_newest
+from msmil.engine.compiled import use_own_cache
 from msmil.engine.data import check_trained_on, describe_epoch, first_epoch
 from msmil.engine.data_summary import describe_data
 from msmil.engine.ddp import DdpEngine
@@ -77,6 +78,8 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     emulated = emulated_precision(config.train, runtime.device)
     if emulated is not None and runtime.is_main:
         log.info(emulated)
+    if config.train.compile and use_own_cache(folder.root, runtime) and runtime.is_main:
+        log.info("what torch.compile had kept for this run is thrown away: a process was killed that used it")
     schedule = make_schedule(pipeline)
     checkpoint = newest_checkpoint(folder, runtime)
     network = make_network(pipeline, pretrained=checkpoint is None)
