@@ -134,13 +134,13 @@ class Manifest:
         texts: list[str] = taken.cast(pa.string()).to_pylist()
         return texts
 
-    def location(self, row: int) -> Place:
-        """Where a row's image payload lies, and its checksums."""
+    def location(self, row: int, *, sha256: bool = True) -> Place:
+        """Where a row's image payload lies, and its checksums; SHA-256 need not be mapped where nobody compares it."""
         return Place(
             int(self._shard_N[row]),
             int(self._offset_N[row]),
             int(self._num_bytes_N[row]),
-            self._sha256_N32[row].tobytes(),
+            self._sha256_N32[row].tobytes() if sha256 else b"",
             self._xxh3_N16[row].tobytes(),
         )
 

@@ -29,7 +29,10 @@ MAX_OPEN: Final = 64
 
 
 class Place(NamedTuple):
-    """Where a payload lies: index of the tar, offset and length in bytes; its SHA-256, and XXH3 where it is known."""
+    """Where a payload lies: index of the tar, offset and length in bytes; its checksums.
+
+    Of the two one is enough: sha256 is empty, or xxh3 None, where it was not looked up.
+    """
 
     shard: int
     offset_bytes: int
@@ -38,7 +41,7 @@ class Place(NamedTuple):
     xxh3: bytes | None = None
 
     def holds(self, data: bytes | memoryview, *, all_checksums: bool = False) -> bool:
-        """Whether these are the bytes that were written there, by the quicker checksum or by both."""
+        """Whether these are the bytes that were written there, by the quicker checksum that there is or by both."""
         quickly = self.xxh3 is None or xxh3(data) == self.xxh3
         return quickly and (sha256(data) == self.sha256 if all_checksums or self.xxh3 is None else True)
 
@@ -100,6 +103,7 @@ class MemberReader(ABC):
         self._members: RemoteMembers | None = None
         self._ahead: Ahead | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._wants_sha256 = all_checksums or remote is not None  # caches call content by it
         self._memory = bytearray()
         self._pid = os.getpid()
 

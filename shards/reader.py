@@ -47,7 +47,8 @@ class ShardReader(MemberReader):
 
     def _decoded(self, row: int, how: Callable[..., _Decoded]) -> _Decoded:
         manifest = self.manifest
-        place, name = manifest.location(row), Called(lambda: self._name(row))
+        place = manifest.location(row, sha256=self._wants_sha256)
+        name = Called(lambda: self._name(row))
         data = self._payload(place, name, lasting=False)
         size = (manifest.height_px, manifest.width_px)
         try:

@@ -122,7 +122,7 @@ def looked_up(manifest: Manifest) -> None:
     """What a decoding process asks of a manifest, for some thousand rows all over it."""
     rows = np.random.default_rng(1).integers(0, len(manifest), LOOKED_UP)
     for row in rows.tolist():
-        manifest.location(row)
+        manifest.location(row, sha256=False)
         manifest.label_NK(LABELS, np.array([row]))
 
 
