@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,20 +34,27 @@ class Largest:
     failed: str | None = None
 
 
-def largest_batch(step: Callable[[int], None], device: torch.device, *, most: int = _MOST) -> Largest:
-    """The most images that `step` can take at a time.
+def largest_batch(
+    step: Callable[[int], None],
+    device: torch.device,
+    *,
+    tell: Callable[[str], None] = lambda _: None,
+    most: int = _MOST,
+) -> Largest:
+    """The most images that `step` can take at a time; `tell` hears of each size that was tried.
 
     On a GPU by doubling until memory runs out, then halving the gap to a sixteenth of the answer. On a CPU, where
     running out ends the process, from the measured peaks of 1 and 3 images and the memory that is available.
     """
-    return _by_trying(step, most) if device.type == "cuda" else _by_measuring(step, device, most)
+    return _by_trying(step, tell, most) if device.type == "cuda" else _by_measuring(step, device, most)
 
 
-def _by_trying(step: Callable[[int], None], most: int) -> Largest:
+def _by_trying(step: Callable[[int], None], tell: Callable[[str], None], most: int) -> Largest:
     fits, fails = 0, most + 1
     failed: str | None = None
     tries = 1
     while fails - fits > max(1, fits // 16):
+        start_s = time.perf_counter()
         try:
             step(tries)
         except OutOfMemory:
@@ -55,6 +63,7 @@ def _by_trying(step: Callable[[int], None], most: int) -> Largest:
             fails, failed = tries, str(error).splitlines()[0]
         else:
             fits = tries
+        tell(f"{tries} images {'fit' if fits == tries else 'do not fit'} ({time.perf_counter() - start_s:.1f} s)")
         _free()  # behind the handlers, which held the frames of the step and all that they hold
         tries = min(2 * fits, most) if fails > most else (fits + fails) // 2
         if tries <= fits:

@@ -223,14 +223,15 @@ class _Bench:
         def step(images: int) -> None:
             ours([host_batch(self.pipeline, images, different=different)] * parts)
 
-        found = largest_batch(step, self.device)
+        self.say("\nLooking for the largest batch")
+        found = largest_batch(step, self.device, tell=self.say)
         self.found["largest_batch"] = asdict(found)
         if found.per_image_bytes is not None:
             how = f"not tried: measured {human_bytes(found.per_image_bytes)} per image, in the memory that is available"
         else:
             why = "" if found.failed is None else f": {found.failed}"
             how = f"tried; {found.images + found.grain} do not fit{why}" if found.grain else "tried; more were not"
-        self.say(f"\nLargest batch of one rank and micro-step: {found.images} images ({how})")
+        self.say(f"Largest batch of one rank and micro-step: {found.images} images ({how})")
 
     def _plain(self, config: Config) -> PlainStep:
         pipeline = pipeline_of(self.pipeline, config)
