@@ -13,10 +13,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from msmil.engine.runtime import Runtime
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from msmil.engine.runtime import Runtime
 
 VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
 _MARKS: Final = "in_use"

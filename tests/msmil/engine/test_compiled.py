@@ -23,13 +23,15 @@ from tests.worlds import run
 PROGRAM = """
     import os, signal, sys
     from pathlib import Path
+    from types import SimpleNamespace
     import torch
-    from msmil.config import TrainConfig
+    import torch._inductor.config
     from msmil.engine.compiled import use_own_cache
-    from msmil.engine.runtime import Runtime
 
-    emptied = use_own_cache(Path(sys.argv[1]), Runtime(TrainConfig(precision="fp32"), quiet=True))
+    alone = SimpleNamespace(rank=0, node_ranks=(0,), gather=lambda value: [value])
+    emptied = use_own_cache(Path(sys.argv[1]), alone)
     torch._inductor.config.cpp_cache_precompile_headers = False  # 150 MB, for one function
+    torch._inductor.config.compile_threads = 1  # each would start a process
     compiled = torch.compile(lambda x: (x.sin() + 1).cos().sum())
     print("emptied" if emptied else "kept", float(compiled(torch.zeros(64))), flush=True)
     if sys.argv[2] == "dies":

@@ -46,7 +46,11 @@ def test_the_largest_batch_on_a_gpu_is_found_by_trying(fits: int, monkeypatch: p
         if images > fits:
             raise OutOfMemory("full", fix="less")
 
-    found = largest_batch(step, GPU)
+    told: list[str] = []
+    found = largest_batch(step, GPU, tell=told.append)
+    assert [line.split(" (")[0] for line in told] == [
+        f"{images} images {'fit' if images <= fits else 'do not fit'}" for images in tried
+    ]
     assert found.images <= fits < found.images + found.grain
     assert found.grain <= max(1, found.images // 16)
     assert len(tried) == len(set(tried)) <= 13
