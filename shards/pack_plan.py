@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from shards.codecs import Codec
 from shards.errors import UserError
+from shards.header import SCHEMA_VERSION
 from shards.images import BrokenImageError, check_file
 from shards.pack_shard import sample_key
 from shards.recipes import Recipe
@@ -82,7 +83,7 @@ def make_plan(archive: Archive, options: PackOptions) -> PackPlan:
     return PackPlan(
         shards=cut(present, seed=options.seed, samples_per_shard=options.samples_per_shard),
         missing=missing,
-        digest=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        digest=hashlib.sha256(json.dumps([SCHEMA_VERSION, settings], sort_keys=True).encode()).hexdigest(),
         settings=json.loads(json.dumps(settings)),
     )
 

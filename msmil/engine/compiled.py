@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
 _MARKS: Final = "in_use"
+_ELSEWHERE: Final = f"name a folder of your own by {VARIABLE}"
 
 
 def use_own_cache(run_folder: Path, runtime: Runtime) -> bool:
@@ -33,19 +34,30 @@ def use_own_cache(run_folder: Path, runtime: Runtime) -> bool:
         whether a killed process had left its mark on a machine, and that machine's folder was emptied.
 
     Raises:
-        UserError: the folder belongs to somebody else, who could put programs into it.
+        UserError: the folder cannot be written, or belongs to somebody else, who could put programs into it.
     """
     if _named_by_user():
         return False
     cache = cache_of(run_folder)
-    emptied = runtime.rank == runtime.node_ranks[0] and _make_whole(cache)
-    emptied = any(runtime.gather(emptied))
+    found = runtime.gather(_first_look(cache) if runtime.rank == runtime.node_ranks[0] else False)
+    for error in found:
+        if isinstance(error, UserError):
+            raise error
     mark = cache / _MARKS / str(os.getpid())
     mark.touch()
     atexit.register(_take_away, mark, os.getpid())
     os.environ[VARIABLE] = str(cache)
     _move_headers(cache)
-    return emptied
+    return any(found)
+
+
+def _first_look(cache: Path) -> bool | UserError:
+    try:
+        return _make_whole(cache)
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"cannot be made ready for torch.compile ({error.strerror})", fix=_ELSEWHERE, file=cache)
 
 
 def _move_headers(cache: Path) -> None:
@@ -75,7 +87,7 @@ def _make_whole(cache: Path) -> bool:
     status = cache.parent.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         thing = "torch.compile would load programs from here, where others can write"
-        raise UserError(thing, fix=f"name a folder of your own by {VARIABLE}", file=cache.parent)
+        raise UserError(thing, fix=_ELSEWHERE, file=cache.parent)
     marks = cache / _MARKS
     killed = marks.is_dir() and any(marks.iterdir())
     if killed:

@@ -29,7 +29,7 @@ from msmil.models.mil import MILModel
 from shards.errors import UserError
 from shards.feature_codec import FeatureType
 from shards.feature_pack import FeatureJob, finish, is_finished, write_shard
-from shards.features import ROWS_NAME, WORK_FOLDER, Features, read_features
+from shards.features import ROWS_NAME, SCHEMA_VERSION, WORK_FOLDER, Features, read_features
 from shards.files import free_bytes, human_bytes
 from shards.manifest import MANIFEST_NAME
 from shards.progress import Progress, progress
@@ -132,7 +132,7 @@ def _job(
         dtype=storage.dtype,
         zstd=storage.zstd,
         images_per_shard=images_per_shard,
-        settings=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        settings=hashlib.sha256(json.dumps([SCHEMA_VERSION, settings], sort_keys=True).encode()).hexdigest(),
     )
     return job, fields
 

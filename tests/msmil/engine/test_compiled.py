@@ -92,6 +92,13 @@ def test_each_run_has_its_own_and_nobody_else_can_write_there(runtime: Runtime, 
     assert stat.S_IMODE(cache_of(tmp_path / "one").parent.stat().st_mode) == 0o700
 
 
+def test_a_folder_that_cannot_be_made_is_named(runtime: Runtime, tmp_path: Path) -> None:
+    cache_of(tmp_path / "run").parent.write_text("a file")
+    with pytest.raises(UserError, match=f"cannot be made ready for torch.compile .*{VARIABLE}") as raised:
+        use_own_cache(tmp_path / "run", runtime)
+    assert raised.value.file == str(cache_of(tmp_path / "run"))
+
+
 def test_a_folder_that_others_can_write_to_is_refused(runtime: Runtime, tmp_path: Path) -> None:
     cache_of(tmp_path / "run").parent.mkdir()
     cache_of(tmp_path / "run").parent.chmod(0o777)
