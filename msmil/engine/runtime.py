@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from msmil.config import TrainConfig
 from msmil.engine.bf16 import compute_bf16, cpu_has_bf16
 from msmil.engine.environment import refuse_environment, task_variables
-from msmil.engine.watchdog import END_GRACE_S, Watchdog, connect_to_launcher
+from msmil.engine.watchdog import END_GRACE_S, Watchdog, connect_to_launcher, end
 from shards.errors import UserError
 from shards.host_memory import keep_freed_memory
+
+_MEETING_PLACE: Final = ("MASTER_ADDR", "MASTER_PORT")
 
 
 class Runtime:
@@ -49,7 +52,7 @@ class Runtime:
             if config.precision == "bf16":
                 compute_bf16()
         make = _with_deepspeed if config.engine == "deepspeed" else _with_ddp
-        self.accelerator: Accelerator = make(config, use_gpu)
+        self.accelerator: Accelerator = meet(lambda: make(config, use_gpu))
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -156,6 +159,21 @@ class Runtime:
         if self._watchdog is not None:
             self._watchdog.close()
         self.accelerator.end_training()
+
+
+def meet(make: Callable[[], Accelerator]) -> Accelerator:
+    """What makes this process one of a world. Where the others do not come this process says so, and ends."""
+    start_s = time.monotonic()
+    try:
+        return make()
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        rank, world, host, port = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", *_MEETING_PLACE))
+        end(
+            f"rank {rank} ({socket.gethostname()}): the {world} processes did not meet at {host}, port {port}, within "
+            f"{time.monotonic() - start_s:.0f} s ({str(error).splitlines()[0]}). See that all of them were started, "
+            "that each reaches that machine, and that nothing else listens there",
+            None,
+        )
 
 
 def _with_ddp(config: TrainConfig, use_gpu: bool) -> Accelerator:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 EXIT_HUNG: Final = 75  # sysexits.h: a failure that passes, try again
 END_GRACE_S: Final = 60.0  # how much later the backend's own timeout comes: a second net
@@ -195,7 +195,7 @@ def _no_store(waited_s: float) -> str:
     return f"the store of the launcher (or of rank 0) did not answer within {waited_s:.0f} s"
 
 
-def end(text: str, log_file: Path | None) -> None:
+def end(text: str, log_file: Path | None) -> NoReturn:
     """Say why, and end this process whatever its main thread waits for."""
     on_hang(text, log_file)
     os._exit(EXIT_HUNG)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from msmil.config import TrainConfig
 from msmil.engine.environment import refuse_environment
-from msmil.engine.runtime import Runtime, emulated_precision
+from msmil.engine.runtime import Runtime, emulated_precision, meet
+from msmil.engine.watchdog import EXIT_HUNG
 from shards.errors import UserError
 
 
@@ -56,3 +61,31 @@ def test_bf16_on_a_cpu_without_instructions_for_it_is_told(
     told = emulated_precision(TrainConfig(precision=precision), torch.device(device))  # type: ignore[arg-type]
     assert (told is not None) == (precision == "bf16" and device == "cpu" and not instructions)
     assert told is None or "speed is that of train.precision=fp32" in told
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "1/2 clients joined"), (1, "timed out")])
+def test_processes_that_do_not_meet_say_where_and_end(
+    rank: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first of two whose second is not started, and a second whose first is not."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    def store() -> None:
+        dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=1))
+
+    monkeypatch.setattr("msmil.engine.watchdog.os._exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        meet(store)  # type: ignore[arg-type]
+    assert ended.value.code == EXIT_HUNG
+    told = capfd.readouterr().err
+    assert (
+        f"msmil: rank {rank} ({socket.gethostname()}): the 2 processes did not meet at 127.0.0.1, port {port}" in told
+    )
+    assert said in told
