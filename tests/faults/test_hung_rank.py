@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -33,39 +34,69 @@ def test_both_sides_mean_the_same_code() -> None:
     assert EXIT_HUNG == ENGINES_EXIT_HUNG
 
 
-@pytest.mark.parametrize(("launcher", "engine", "stopped"), [("msmil train", "ddp", 1), ("torchrun", "deepspeed", 0)])
-def test_a_stopped_rank_is_named_and_nothing_is_left(
-    tmp_path: Path, packed: Path, launcher: str, engine: str, stopped: int
-) -> None:
+CASES = [("msmil train", "ddp", 1), ("torchrun", "deepspeed", 0)]
+
+
+@dataclass
+class World:
+    """Two ranks that a launcher has started, and the pid of each by its rank."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    stopped: int
+    pids: list[int] = field(default_factory=list)
+
+    def trains(self) -> bool:
+        return self.log.exists() and self.log.read_text().count("loss") > 1
+
+
+def start(folder: Path, packed: Path, launcher: str, engine: str, stopped: int) -> World:
+    folder.mkdir()
     train = {"epochs": 5000, "timeout_s": SLOW_START_S, "engine": engine, "zero_stage": 2}
-    config = write_tiny(tmp_path, packed, train=train, evaluate={"every_epochs": 5000})
-    log = tmp_path / "runs" / "tiny" / "log.txt"
+    config = write_tiny(folder, packed, train=train, evaluate={"every_epochs": 5000})
     command = [str(config) if word == "CONFIG" else word for word in COMMANDS[launcher]]
     process = subprocess.Popen(
         [sys.executable, *command], env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
+    return World(process, folder / "runs" / "tiny" / "log.txt", stopped)
+
+
+def test_a_stopped_rank_is_named_and_nothing_is_left(tmp_path: Path, packed: Path) -> None:
+    """Under both launchers at once: most of it is waiting."""
+    worlds: list[World] = []
     try:
-        wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=240)
-        ranks = children_running("launch.train", process.pid)
-        assert len(ranks) == 2
-        by_rank = sorted(ranks, key=rank_of)
-        os.kill(by_rank[stopped], signal.SIGSTOP)
+        for launcher, engine, stopped in CASES:
+            worlds.append(start(tmp_path / engine, packed, launcher, engine, stopped))
+        for world in worlds:
+            wait_for(world.trains, deadline_s=240)
+            world.pids = sorted(children_running("launch.train", world.process.pid), key=rank_of)
+            assert len(world.pids) == 2
+        for world in worlds:
+            os.kill(world.pids[world.stopped], signal.SIGSTOP)
         start_s = time.monotonic()
-        wait_for(lambda: not alive(by_rank[1 - stopped]), deadline_s=4 * SLOW_START_S)
-        assert time.monotonic() - start_s > SLOW_START_S / 2
-        _, err = process.communicate(timeout=LAUNCHERS_PATIENCE_S + 30)
+        for world in worlds:
+            wait_for(lambda: not alive(world.pids[1 - world.stopped]), deadline_s=4 * SLOW_START_S)  # noqa: B023
+            assert time.monotonic() - start_s > SLOW_START_S / 2
+        said = [world.process.communicate(timeout=LAUNCHERS_PATIENCE_S + 30)[1] for world in worlds]
     finally:
-        process.kill()
-    assert not any(alive(pid) for pid in ranks)
-    last = log.read_text().splitlines()[-1]
-    assert re.search(rf"msmil: rank {stopped} \(pid {by_rank[stopped]} on .+\) did not answer within \d+ s", last), last
+        for world in worlds:
+            world.process.kill()
+    for world, (launcher, _, _), err in zip(worlds, CASES, said, strict=True):
+        told(world, launcher, err)
+
+
+def told(world: World, launcher: str, err: str) -> None:
+    """What is left, in the log and on the terminal."""
+    assert not any(alive(pid) for pid in world.pids)
+    last, pid = world.log.read_text().splitlines()[-1], world.pids[world.stopped]
+    assert re.search(rf"msmil: rank {world.stopped} \(pid {pid} on .+\) did not answer within \d+ s", last), last
     assert err.count("did not answer within") == 1, err
     if launcher == "msmil train":
-        assert process.returncode == EXIT_HUNG
+        assert world.process.returncode == EXIT_HUNG
         assert "the same command again goes on" in last
         assert "Traceback" not in err
     else:
-        assert process.returncode != 0
+        assert world.process.returncode != 0
 
 
 @pytest.mark.parametrize(
