@@ -42,8 +42,9 @@ class Place(NamedTuple):
 
     def holds(self, data: bytes | memoryview, *, all_checksums: bool = False) -> bool:
         """Whether these are the bytes that were written there, by the quicker checksum that there is or by both."""
-        quickly = self.xxh3 is None or xxh3(data) == self.xxh3
-        return quickly and (sha256(data) == self.sha256 if all_checksums or self.xxh3 is None else True)
+        if self.xxh3 is not None and xxh3(data) != self.xxh3:
+            return False
+        return sha256(data) == self.sha256 if all_checksums or self.xxh3 is None else True
 
 
 class Places(NamedTuple):

@@ -24,7 +24,7 @@ from shards.manifest import Manifest
 from shards.plan import worker_batches
 from shards.reader import ShardReader
 from shards.remote.coming import Coming, coming
-from shards.slots import SentBatch, Slots, room_bytes, slots_for
+from shards.slots import SentBatch, Slots, images_in, room_bytes, slots_for
 from shards.types import Batch
 
 
@@ -110,7 +110,9 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
                 if slot is not None and self.slots is not None:
                     yield self.slots.sent(slot, batch) if info is not None else self.slots.filled(slot, batch)
                 else:
-                    batch.image_B1HW = None if room_R is None else self._images(room_R, len(batch.sample_B))
+                    if room_R is not None:
+                        pixels_B1HW = images_in(room_R, self._shape, self.manifest.dtype)
+                        batch.image_B1HW = torch.from_numpy(pixels_B1HW[: len(batch.sample_B)])
                     yield batch
 
     def _room(self, slot: int | None) -> NDArray[np.uint8] | None:
@@ -118,11 +120,6 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
         if slot is not None and self.slots is not None:
             return self.slots.room(slot)
         return np.empty(room_bytes(self._shape, self.manifest.dtype), np.uint8) if self.images else None
-
-    def _images(self, room_R: NDArray[np.uint8], number: int) -> torch.Tensor:
-        """The first images in a room, as a tensor [B, 1, H, W]."""
-        pixels_B1HW = room_R[LEAD_BYTES:].view(self.manifest.dtype).reshape(self._shape)
-        return torch.from_numpy(pixels_B1HW[:number])
 
     def _batch(
         self,

@@ -14,10 +14,11 @@ from math import prod
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 
-from shards.codecs import LEAD_BYTES
+from shards.codecs import LEAD_BYTES, Pixels
 from shards.types import Batch
 
 # A batch that the training process works on, and one that it makes ready.
@@ -35,6 +36,12 @@ def slots_for(prefetch_batches: int) -> int:
 def room_bytes(shape_b1hw: tuple[int, ...], dtype: str) -> int:
     """The memory that images are decoded into (`shards.codecs.decode_into`)."""
     return LEAD_BYTES + prod(shape_b1hw) * np.dtype(dtype).itemsize
+
+
+def images_in(room_R: NDArray[np.uint8], shape_b1hw: tuple[int, ...], dtype: npt.DTypeLike) -> Pixels:
+    """The images that such memory holds."""
+    pixels_B1HW: Pixels = room_R[LEAD_BYTES:].view(dtype).reshape(shape_b1hw)
+    return pixels_B1HW
 
 
 class Slots:
@@ -81,7 +88,7 @@ class Slots:
 
     def tensor(self, slot: int, images: int) -> torch.Tensor:
         """The same as a tensor; with the last reference to it the slot is free."""
-        pixels_B1HW = self.room(slot)[LEAD_BYTES:].view(self._dtype).reshape(self._shape)[:images]
+        pixels_B1HW = images_in(self.room(slot), self._shape, self._dtype)[:images]
         # the tensor's storage, which all its views share, holds this one array
         weakref.finalize(pixels_B1HW, _free, self._taken_S, slot).atexit = False
         return torch.from_numpy(pixels_B1HW)
