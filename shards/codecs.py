@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -95,19 +96,30 @@ def decode_into(
     """
     assert len(room_R) == LEAD_BYTES + expect_hw[0] * expect_hw[1] * np.dtype(dtype).itemsize
     if codec == "zstd" and _fills(data, len(room_R)):
-        lead = room_R[:LEAD_BYTES].tobytes()
+        room = room_R.data
+        lead = bytes(room[:LEAD_BYTES])
         try:
             # With room for all of it Zstandard writes there, and not into memory of its own first.
-            filled = zstandard.ZstdDecompressor().stream_reader(data).readinto(room_R.data)
-            header = _npy_header(room_R[:LEAD_BYTES].tobytes())
-            if filled == len(room_R) and header == (expect_hw, np.dtype(dtype), LEAD_BYTES):
+            filled = _own.decompressor.stream_reader(data).readinto(room)
+            header = _npy_header(bytes(room[:LEAD_BYTES]))
+            if filled == len(room_R) and header == (expect_hw, dtype, LEAD_BYTES):
                 return
         except (ValueError, zstandard.ZstdError):
             pass  # what is wrong is said below
         finally:
-            room_R[:LEAD_BYTES] = np.frombuffer(lead, np.uint8)
+            room[:LEAD_BYTES] = lead
     image_HW = decode(data, codec, expect_hw=expect_hw, dtype=dtype, name=name)
     room_R[LEAD_BYTES:].view(image_HW.dtype).reshape(expect_hw)[:] = image_HW
+
+
+class _Own(threading.local):
+    """What a thread keeps: a decompressor's tables take longer to make than to use again."""
+
+    def __init__(self) -> None:
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_own = _Own()
 
 
 def _fills(data: bytes | memoryview, num_bytes: int) -> bool:
@@ -126,7 +138,7 @@ def _decode_png(data: bytes | memoryview) -> Pixels:
 
 
 def _decode_zstd(data: bytes | memoryview) -> Pixels:
-    raw = zstandard.ZstdDecompressor().decompress(data)
+    raw = _own.decompressor.decompress(data)
     shape, dtype, start = _npy_header(raw[:LEAD_BYTES])
     return np.frombuffer(raw, dtype, offset=start).reshape(shape)
 

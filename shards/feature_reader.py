@@ -36,13 +36,16 @@ class FeatureReader(MemberReader):
             UserError: the tar is missing, unreadable, truncated or changed, or the features are not as promised.
         """
         features = self.features
-        place, name = features.place(row), Called(lambda: f"sample {features.key(row)} (row {row})")
+        place, name = features.place(row), Called(self._name, row)
         data = self._payload(place, name, lasting=True)
         header = features.header
         try:
             return decode(data, features.levels, header.dtype, zstd=header.zstd, name=name)
         except UserError as error:
             raise self._error(place.shard, error.thing, error.fix) from error
+
+    def _name(self, row: int) -> str:
+        return f"sample {self.features.key(row)} (row {row})"
 
     def _places(self, row_M: npt.NDArray[np.int64]) -> Places:
         return self.features.places(row_M)

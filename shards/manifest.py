@@ -65,6 +65,7 @@ class Manifest:
         self._num_bytes_N = samples.fixed(table, "num_bytes")
         self._sha256_N32 = samples.digests(table)
         self._xxh3_N16 = samples.digests(table, "xxh3")
+        self._label_N = {label: samples.fixed(table, samples.LABEL_PREFIX + label) for label in self.labels}
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -117,12 +118,10 @@ class Manifest:
             UserError: the folder has no such label.
         """
         for label in labels:
-            if label not in self.labels:
+            if label not in self._label_N:
                 fix = f"choose from {', '.join(self.labels)}"
                 raise UserError(f"no label {label!r}", fix=fix, file=f"{self.place}/{MANIFEST_NAME}")
-        columns = [samples.fixed(self._table, samples.LABEL_PREFIX + label) for label in labels]
-        if rows is not None:
-            columns = [column_N[rows] for column_N in columns]
+        columns = [self._label_N[label] if rows is None else self._label_N[label][rows] for label in labels]
         count = len(self) if rows is None else len(rows)
         return np.stack(columns, axis=1) if columns else np.empty((count, 0), np.int8)
 
@@ -137,9 +136,9 @@ class Manifest:
     def location(self, row: int, *, sha256: bool = True) -> Place:
         """Where a row's image payload lies, and its checksums; SHA-256 need not be mapped where nobody compares it."""
         return Place(
-            int(self._shard_N[row]),
-            int(self._offset_N[row]),
-            int(self._num_bytes_N[row]),
+            self._shard_N.item(row),
+            self._offset_N.item(row),
+            self._num_bytes_N.item(row),
             self._sha256_N32[row].tobytes() if sha256 else b"",
             self._xxh3_N16[row].tobytes(),
         )

@@ -59,13 +59,13 @@ class Places(NamedTuple):
 class Called:
     """What errors call a sample; it is looked up when an error is told, not for every sample that is read."""
 
-    __slots__ = ("_look_up",)
+    __slots__ = ("_look_up", "_row")
 
-    def __init__(self, look_up: Callable[[], str]) -> None:
-        self._look_up = look_up
+    def __init__(self, look_up: Callable[[int], str], row: int) -> None:
+        self._look_up, self._row = look_up, row
 
     def __str__(self) -> str:
-        return self._look_up()
+        return self._look_up(self._row)
 
 
 class MemberReader(ABC):
@@ -105,7 +105,7 @@ class MemberReader(ABC):
         self._ahead: Ahead | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._wants_sha256 = all_checksums or remote is not None  # caches call content by it
-        self._memory = bytearray()
+        self._memory = memoryview(b"")
         self._pid = os.getpid()
 
     def close(self) -> None:
@@ -161,7 +161,17 @@ class MemberReader(ABC):
         """
         if self._remote is not None:
             return self._of_remote(self._remote).payload(place, name)
-        data = self._read_bytes(place, name, lasting=lasting)
+        try:
+            descriptor = self._open(place.shard)
+            data = _read_anew(descriptor, place) if lasting else self._read_again(descriptor, place)
+            if len(data) < place.num_bytes:
+                size = os.fstat(descriptor).st_size
+                thing = f"truncated: {name} ends at byte {place.offset_bytes + place.num_bytes}, the file at byte {size}"
+                raise self._error(place.shard, thing)
+        except FileNotFoundError as error:
+            raise self._error(place.shard, f"missing: {name} cannot be read") from error
+        except OSError as error:
+            raise self._error(place.shard, f"{name} cannot be read ({error.strerror})") from error
         if not place.holds(data, all_checksums=self._all_checksums):
             thing = f"changed since it was {self._made}: the checksum of {name} is another"
             raise self._error(place.shard, thing)
@@ -171,30 +181,14 @@ class MemberReader(ABC):
         where = self._directory if self._remote is None else self._remote.url
         return UserError(thing, fix=fix or self._fix, file=f"{where}/{self._shards[shard].name}")
 
-    def _read_bytes(self, place: Place, name: Called, *, lasting: bool) -> bytes | memoryview:
-        shard, offset, num_bytes, *_ = place
-        try:
-            descriptor = self._open(shard)
-            data = _read_anew(descriptor, place) if lasting else self._read_again(descriptor, place)
-            if len(data) < num_bytes:
-                size = os.fstat(descriptor).st_size
-                thing = f"truncated: {name} ends at byte {offset + num_bytes}, the file at byte {size}"
-                raise self._error(shard, thing)
-        except FileNotFoundError as error:
-            raise self._error(shard, f"missing: {name} cannot be read") from error
-        except OSError as error:
-            raise self._error(shard, f"{name} cannot be read ({error.strerror})") from error
-        return data
-
     def _read_again(self, descriptor: int, place: Place) -> memoryview:
         """What is there of a payload, in memory that stays in the processor's caches."""
         if len(self._memory) < place.num_bytes:
-            self._memory = bytearray(place.num_bytes)
-        memory, done = memoryview(self._memory)[: place.num_bytes], 0
-        while done < place.num_bytes:
+            self._memory = memoryview(bytearray(place.num_bytes))
+        memory = self._memory[: place.num_bytes]
+        done = read = os.preadv(descriptor, [memory], place.offset_bytes)
+        while read and done < place.num_bytes:
             read = os.preadv(descriptor, [memory[done:]], place.offset_bytes + done)
-            if not read:
-                break
             done += read
         return memory[:done]
 
@@ -203,9 +197,10 @@ class MemberReader(ABC):
             # After a fork: these descriptors are the parent's files; ours are opened anew, and the copies closed.
             self.close()
             self._pid = os.getpid()
-        if shard in self._files:
+        descriptor = self._files.get(shard)
+        if descriptor is not None:
             self._files.move_to_end(shard)
-            return self._files[shard]
+            return descriptor
         descriptor = os.open(self._directory / self._shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
         if len(self._files) >= MAX_OPEN:
             os.close(self._files.popitem(last=False)[1])

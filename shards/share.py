@@ -6,7 +6,7 @@ B images, H W pixels, R bytes of room for them, K labels, M samples of this rank
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,9 +152,10 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
         for place, row in enumerate(row_B.tolist()):
             # what lies before an image, the end of the one before it, is left as it is
             part_R = room_R[place * num_bytes : LEAD_BYTES + (place + 1) * num_bytes]
-            with self._skipping(place, broken):
+            try:
                 reader.read_into(part_R, row)
-            if place in broken:
+            except UserError as error:
+                broken[place] = self._skipped(error)
                 part_R[LEAD_BYTES:] = 0
 
     def _levels(
@@ -163,17 +164,15 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
         kind, shapes = TYPES[reader.features.header.dtype], reader.features.levels.items()
         levels = {level: torch.zeros((len(row_B), *shape), dtype=kind) for level, shape in shapes}
         for place, row in enumerate(row_B.tolist()):
-            with self._skipping(place, broken):
+            try:
                 for level, stored in reader.read(row).items():
                     levels[level][place] = stored
+            except UserError as error:
+                broken[place] = self._skipped(error)
         return levels
 
-    @contextmanager
-    def _skipping(self, place: int, broken: dict[int, str]) -> Iterator[None]:
-        """Write down why a sample cannot be read, where such samples are skipped."""
-        try:
-            yield
-        except UserError as error:
-            if not self.skips:
-                raise
-            broken[place] = f"{error.file}: {error.thing}"
+    def _skipped(self, error: UserError) -> str:
+        """Why a sample cannot be read, where such samples are skipped; elsewhere that is the end."""
+        if not self.skips:
+            raise error
+        return f"{error.file}: {error.thing}"

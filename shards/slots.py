@@ -74,12 +74,12 @@ class Slots:
     def claim(self, writer: int) -> int | None:
         """A free slot of this writer, taken from now on; None where there is none."""
         start = writer * self._per_writer
-        free = np.flatnonzero(self._taken_S[start : start + self._per_writer].numpy() == 0)
-        if not len(free):
+        taken_S = self._taken_S.numpy()
+        free = taken_S[start : start + self._per_writer].tobytes().find(0)
+        if free < 0:
             return None
-        slot = start + int(free[0])
-        self._taken_S[slot] = 1
-        return slot
+        taken_S[start + free] = 1
+        return start + free
 
     def room(self, slot: int) -> NDArray[np.uint8]:
         """The memory of a slot, to be written: LEAD_BYTES, then its images."""
@@ -90,7 +90,7 @@ class Slots:
         """The same as a tensor; with the last reference to it the slot is free."""
         pixels_B1HW = images_in(self.room(slot), self._shape, self._dtype)[:images]
         # the tensor's storage, which all its views share, holds this one array
-        weakref.finalize(pixels_B1HW, _free, self._taken_S, slot).atexit = False
+        weakref.finalize(pixels_B1HW, _free, self._taken_S.numpy(), slot).atexit = False
         return torch.from_numpy(pixels_B1HW)
 
     def filled(self, slot: int, batch: Batch) -> Batch:
@@ -131,5 +131,5 @@ def _arrived(
     return _open[slots].filled(slot, Batch(None, label_BK, weight_B, sample_B, levels, skipped))
 
 
-def _free(taken_S: torch.Tensor, slot: int) -> None:
+def _free(taken_S: NDArray[np.uint8], slot: int) -> None:
     taken_S[slot] = 0

@@ -154,15 +154,11 @@ def blank_batch(manifest: Manifest, size: int, *, labels: int, features: Feature
 
 def _serve(share: Share, *, workers: int, prefetch_batches: int, pin_memory: bool) -> Iterator[Batch]:
     workers = min(workers, share.num_batches)
-    options: dict[str, Any] = {}
     if workers:
         check_shared_memory(workers, slots_for(prefetch_batches) * share.num_bytes)
-        options = {
-            "multiprocessing_context": start_server(),
-            "worker_init_fn": start_worker,
-            "prefetch_factor": prefetch_batches,
-        }
     share.prepare(workers=workers, prefetch_batches=prefetch_batches)
+    if not workers:
+        return _here(share, pin_memory=pin_memory)
     loader = DataLoader(
         share,
         batch_size=None,
@@ -170,17 +166,28 @@ def _serve(share: Share, *, workers: int, prefetch_batches: int, pin_memory: boo
         pin_memory=pin_memory,
         # Without its own the loader draws from torch's global generator, and so moves every later draw.
         generator=torch.Generator(),
-        **options,
+        multiprocessing_context=start_server(),
+        worker_init_fn=start_worker,
+        prefetch_factor=prefetch_batches,
     )
     return _unwrapped(loader, workers)
 
 
+def _here(share: Share, *, pin_memory: bool) -> Iterator[Batch]:
+    for batch in map(_whole, share):
+        yield batch.pin_memory() if pin_memory else batch
+
+
+def _whole(made: Batch | SentBatch | Failure) -> Batch:
+    if isinstance(made, Failure):
+        raise UserError(made.thing, fix=made.fix, file=made.file)
+    assert isinstance(made, Batch)
+    return made
+
+
 def _unwrapped(loader: DataLoader[Batch | SentBatch | Failure], workers: int) -> Iterator[Batch]:
     try:
-        for made in loader:
-            if isinstance(made, Failure):
-                raise UserError(made.thing, fix=made.fix, file=made.file)
-            yield made
+        yield from map(_whole, loader)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -193,5 +200,8 @@ def _unwrapped(loader: DataLoader[Batch | SentBatch | Failure], workers: int) ->
 
 def _micro_batches(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
     for batch in batches:
-        for start in range(0, len(batch.sample_B), size):
-            yield batch.part(slice(start, start + size))
+        images = len(batch.sample_B)
+        if images <= size:
+            yield batch
+        else:
+            yield from (batch.part(slice(start, start + size)) for start in range(0, images, size))
