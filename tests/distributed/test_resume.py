@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.runs import Runs, zero
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # worlds have deadlines of their own
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # worlds have deadlines of their own
 
 CUT, END = 5, 12
 DROPOUT = {"encoder_dropout": 0.3, "attention_dropout": 0.2}

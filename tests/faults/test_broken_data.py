@@ -23,7 +23,7 @@ from tests.experiments import write_tiny
 from tests.faults.launcher import Launcher, Started, poll
 from tests.faults.places import step_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 LONG = {"train": {"epochs": 5000}, "evaluate": {"every_epochs": 5000}, "checkpoint": {"keep_last": 1}}
 
