@@ -16,6 +16,7 @@ from tests.experiments import write_tiny
 from tests.worlds import world
 
 DEADLINE_S = 240
+_OF_LEGS = ("dtype", "threshold", "validates", "predict", "refused", "scale")
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
@@ -53,8 +54,8 @@ class Runs:
     def leg(self, name: str, until: int, *, run: str | None = None, **settings: Any) -> dict[str, Any]:
         """A leg called `name` of the run `run` up to a step.
 
-        Settings: words of the sections train, model, data and checkpoint; dtype, threshold, predict, refused, scale
-        (see legs.py).
+        Settings: words of the sections train, model, data, checkpoint, evaluate and tracking; dtype, threshold,
+        validates, predict, refused, scale (see legs.py).
         """
         folder = self.folder / name
         folder.mkdir()
@@ -71,9 +72,11 @@ class Runs:
             model=backbone | settings.get("model", {}),
             data=settings.get("data", {}),
             checkpoint=settings.get("checkpoint", {}),
+            evaluate=settings.get("evaluate", {}),
+            tracking=settings.get("tracking", {}),
             bags={"augment": {"rotation_deg": 5, "gain": 0.2, "noise_sd": 0.02}},
         )
-        more = {key: settings[key] for key in ("dtype", "threshold", "predict", "refused", "scale") if key in settings}
+        more = {key: settings[key] for key in _OF_LEGS if key in settings}
         return {"config": str(config), "until": until, "out": str(self._out(name)), **more}
 
     def train(self, ranks: int, legs: Sequence[dict[str, Any]]) -> None:
