@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,6 +44,19 @@ class Told:
     skipped: int
     warned: list[str]
     predictions: dict[str, Any] = field(default_factory=dict)
+
+    def agrees_with(self, one: Told, *, bound: float) -> None:
+        """Fail unless it trained as another leg did: the same samples; to a relative bound, losses and gradients."""
+        assert self.samples == one.samples
+        assert self.losses == pytest.approx(one.losses, rel=bound)
+        assert self.gradients.keys() == one.gradients.keys()
+        for key, gradient in one.gradients.items():
+            difference = (self.gradients[key] - gradient).norm()
+            if key.endswith("score.bias"):  # softmax does not feel it: its gradient is rounding noise around 0
+                assert max(difference, gradient.norm()) < 1e-7
+            else:
+                assert gradient.norm() > 1e-7, f"{key} has no gradient to compare"
+                assert difference <= bound * gradient.norm(), f"{key}: {difference / gradient.norm():.1e}"
 
 
 class Runs:
