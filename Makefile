@@ -16,7 +16,7 @@ demo: install
 # which it does not see.
 test: lint types
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long" --cov --cov-report=term
-	$(BIN)/python -m pytest $(PARALLEL) -m slow --durations=10
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not long" --durations=10
 
 test-fast: install
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"

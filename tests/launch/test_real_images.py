@@ -54,7 +54,14 @@ def real_shards(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> Pa
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("instances", ["image", "tiles"])
-@pytest.mark.parametrize("name", ["vindr_mass_fpn_abmil", "vindr_calcification_fpn_settrans", "vindr_multilabel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vindr_mass_fpn_abmil",
+        pytest.param("vindr_calcification_fpn_settrans", marks=pytest.mark.long),
+        pytest.param("vindr_multilabel", marks=pytest.mark.long),
+    ],
+)
 def test_a_published_configuration_trains_a_few_steps(
     tmp_path: Path, real_shards: Path, name: str, instances: str
 ) -> None:
