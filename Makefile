@@ -1,5 +1,5 @@
-# make demo: the main job on data it makes itself;  make test: lint, types and all tests;  make docs: the documentation, in
-# site/. All make the venv they need.
+# make demo: the main job on data it makes itself;  make test: lint, types and tests, in ten minutes on two cores;
+# make test-long: the tests that take longer;  make docs: the documentation, in site/. All make the venv they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # in the order of the folders: the files with few, long tests come first, so that no core waits at the end
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint types docs figures install clean
+.PHONY: demo test test-fast test-long test-all lint types docs figures install clean
 
 demo: install
 	$(BIN)/msmil demo
@@ -15,11 +15,17 @@ demo: install
 # Coverage makes Python slower by a third to a half. It is measured where it says most: the slow tests start processes,
 # which it does not see.
 test: lint types
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --cov --cov-report=term
-	$(BIN)/python -m pytest $(PARALLEL) -m slow --durations=10
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long" --cov --cov-report=term
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not long" --durations=10
 
 test-fast: install
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
+
+# every engine in every world, faults by the dozen, a cluster, what is exported, browsers, every command of the pages
+test-long: install
+	$(BIN)/python -m pytest $(PARALLEL) -m long --durations=10
+
+test-all: test test-long
 
 lint: install
 	$(BIN)/ruff check .

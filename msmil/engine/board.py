@@ -191,7 +191,7 @@ def show_validation(
     """Write a validation: its scalars, curves, histograms and images.
 
     Args:
-        network: the one that predicted.
+        network: the one that predicted; on this rank alone where `shows_images`.
         values: the scalars.
         best: they are the best so far.
     """
@@ -199,12 +199,17 @@ def show_validation(
     pipeline, step = run.pipeline, run.state.step
     run.tracker.scalars(dict(values) | (best_scalars(values, pipeline.labels) if best else {}), step)
     run.tracker.add(curves(predictions, pipeline.labels, network.scales), step)
-    if pipeline.config.tracking.images and has_maps(network):
+    if shows_images(pipeline.config, network):
         from msmil.engine.fixed_images import choose_rows, strips  # matplotlib is slow to import
 
         rows_M = choose_rows(pipeline.manifest, "val", pipeline.labels, pipeline.config.tracking.images)
         for name, jpeg in strips(pipeline, network, rows_M):
             run.tracker.add([_image(f"maps/{name}", jpeg)], step)
+
+
+def shows_images(config: Config, network: MILModel) -> bool:
+    """Whether `show_validation` forwards images."""
+    return config.tracking.images > 0 and has_maps(network)
 
 
 def has_maps(network: MILModel) -> bool:

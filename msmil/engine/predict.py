@@ -5,7 +5,7 @@ B bags, S scales, K labels, M images of this rank, N images of the split.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from msmil.types import Bag, BagOutput, Prediction
 from shards.errors import UserError
 from shards.plan import evaluation_span
 from shards.progress import progress
-from shards.stream import evaluation_stream
+from shards.stream import blank_batch, evaluation_stream
 from shards.types import Batch
 
 
@@ -46,21 +46,35 @@ def predict(pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows
 
 
 def predict_with_losses(
-    pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows_N: np.ndarray, loss: BagLoss
+    pipeline: Pipeline,
+    module: nn.Module,
+    scales: tuple[int, ...],
+    rows_N: np.ndarray,
+    loss: BagLoss,
+    *,
+    together: Callable[..., BagOutput] | None = None,
 ) -> tuple[list[Prediction], dict[str, float]]:
     """`predict`, and the loss of training with its parts over all of these rows, by name.
 
     As in training it is a sum over known labels, divided by rows x labels. Not in it: the padding and the augmentation
     of training, and its uniform attention (loss.uniform_attention_share).
+
+    `together` is called in place of a module whose weights are divided among the ranks. All ranks have to call it
+    equally often: those with fewer batches fill up with blank ones, which count for nothing.
     """
-    return _predict(pipeline, module, scales, rows_N, loss)
+    return _predict(pipeline, module, scales, rows_N, loss, together)
 
 
 def _predict(
-    pipeline: Pipeline, module: nn.Module, scales: tuple[int, ...], rows_N: np.ndarray, loss: BagLoss | None
+    pipeline: Pipeline,
+    module: nn.Module,
+    scales: tuple[int, ...],
+    rows_N: np.ndarray,
+    loss: BagLoss | None,
+    together: Callable[..., BagOutput] | None = None,
 ) -> tuple[list[Prediction], dict[str, float]]:
     assert len(np.unique(rows_N)) == len(rows_N), "an image is asked for once"
-    parts: list[_Part] = pipeline.runtime.gather(_predict_span(pipeline, module, rows_N, loss))
+    parts: list[_Part] = pipeline.runtime.gather(_predict_span(pipeline, module, rows_N, loss, together))
     row_N = np.concatenate([part.row_M for part in parts])
     assert np.array_equal(row_N, rows_N), "every image is predicted exactly once"
     losses: dict[str, float] = {}
@@ -96,7 +110,10 @@ def _forward(
     images: bool,
     asks: Mapping[str, Any],
     what: str | None,
+    together: Callable[..., BagOutput] | None = None,
+    blank: int = 0,
 ) -> Iterator[tuple[Batch, Bag | None, BagOutput]]:
+    """`forward_batches`; behind them `blank` batches are forwarded whose outputs nobody gets."""
     config, runtime = pipeline.config, pipeline.runtime
     stream = evaluation_stream(
         pipeline.manifest,
@@ -111,16 +128,35 @@ def _forward(
     )
     with (
         eval_mode(module),
-        torch.inference_mode(),
+        # weights that are gathered in here may stay for the next backward, which takes no inference tensors
+        torch.inference_mode() if together is None else torch.no_grad(),
         progress(len(rows_M), what or "", "images", quiet=what is None or runtime.quiet or not runtime.is_main) as bar,
     ):
         for batch in stream:
-            with explained(lambda _: evaluation_out_of_memory(config, device=runtime.device)):
-                bag = pipeline.bag(batch, epoch=None)
-                with runtime.autocast():
-                    output: BagOutput = module(**pipeline.model_input(batch, bag), **asks)
+            bag, output = _forward_batch(pipeline, batch, module, asks, together)
             yield batch, bag, output
             bar.update(len(batch.sample_B))
+        for _ in range(blank):
+            batch = blank_batch(pipeline.manifest, 1, labels=len(pipeline.labels), features=pipeline.features)
+            _forward_batch(pipeline, batch, module, asks, together)
+
+
+def _forward_batch(
+    pipeline: Pipeline,
+    batch: Batch,
+    module: nn.Module,
+    asks: Mapping[str, Any],
+    together: Callable[..., BagOutput] | None,
+) -> tuple[Bag | None, BagOutput]:
+    config, runtime = pipeline.config, pipeline.runtime
+    with explained(lambda _: evaluation_out_of_memory(config, device=runtime.device)):
+        bag = pipeline.bag(batch, epoch=None)
+        model_input = pipeline.model_input(batch, bag)
+        if together is not None:  # it knows the precision
+            with runtime.waiting():
+                return bag, together(**model_input, **asks)
+        with runtime.autocast():
+            return bag, module(**model_input, **asks)
 
 
 @contextmanager
@@ -135,14 +171,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _predict_span(pipeline: Pipeline, module: nn.Module, rows_N: np.ndarray, loss: BagLoss | None) -> _Part:
+def _predict_span(
+    pipeline: Pipeline,
+    module: nn.Module,
+    rows_N: np.ndarray,
+    loss: BagLoss | None,
+    together: Callable[..., BagOutput] | None,
+) -> _Part:
     span = evaluation_span(len(rows_N), pipeline.runtime.world, pipeline.runtime.rank)
     rows_M = rows_N[span.start : span.stop]
+    blank = 0 if together is None else _missing_batches(pipeline, len(rows_N))
     row_M = [np.empty(0, np.int64)]
     probability, scale_probability, scale_weight = [], [], []
     losses: dict[str, float] = {}
     images, asks = pipeline.features is None, {} if loss is None else loss.asks
-    for batch, _, output in _forward(pipeline, module, rows_M, images=images, asks=asks, what="predicting"):
+    for batch, _, output in _forward(
+        pipeline, module, rows_M, images=images, asks=asks, what="predicting", together=together, blank=blank
+    ):
         if loss is not None:
             _add(losses, _losses(pipeline, loss, batch, output, len(rows_N)))
         row_M.append(batch.sample_B.numpy())
@@ -158,6 +203,13 @@ def _predict_span(pipeline: Pipeline, module: nn.Module, rows_N: np.ndarray, los
         scale_weight_MKS=np.concatenate(scale_weight) if scale_weight else None,
         losses=losses,
     )
+
+
+def _missing_batches(pipeline: Pipeline, images: int) -> int:
+    """How many batches more than this rank some rank has, in an evaluation of so many images."""
+    size, world = pipeline.config.evaluate.batch_size, pipeline.runtime.world
+    batches_W = [-(-len(evaluation_span(images, world, rank)) // size) for rank in range(world)]
+    return max(batches_W) - batches_W[pipeline.runtime.rank]
 
 
 def _losses(pipeline: Pipeline, loss: BagLoss, batch: Batch, output: BagOutput, images: int) -> dict[str, float]:

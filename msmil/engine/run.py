@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from msmil.config import Config
 from msmil.config_checks import has_fused_head
 from msmil.config_io import dump_config
-from msmil.engine.board import has_maps, start_of_run
+from msmil.engine.board import has_maps, shows_images, start_of_run
 from msmil.engine.checkpoint import Checkpoint, load_checkpoint, load_newest
 from msmil.engine.compiled import use_own_cache
 from msmil.engine.data import check_trained_on, describe_epoch, first_epoch
@@ -24,6 +24,7 @@ from msmil.engine.engines import Engine
 from msmil.engine.losses import BagLoss, auto_pos_weight
 from msmil.engine.optim import build_ema
 from msmil.engine.pipeline import Pipeline, build_network, known_labels, open_pipeline, with_encoder_of
+from msmil.engine.predict import predict_with_losses
 from msmil.engine.preemption import StopRequest
 from msmil.engine.run_folder import RunFolder
 from msmil.engine.runtime import Runtime, emulated_precision
@@ -34,7 +35,7 @@ from msmil.engine.tracking import Tracker, log, open_log
 from msmil.models.backbone import freeze_statistics, set_gradient_checkpointing
 from msmil.models.mil import MILModel
 from msmil.models.weights import load_weights
-from msmil.types import TrainState
+from msmil.types import Prediction, TrainState
 from shards.balance import draw_share, label_classes
 from shards.errors import UserError
 
@@ -56,7 +57,6 @@ class Run:
     saver: Saver
     stepper: Stepper | None = None
     request: StopRequest = field(default_factory=StopRequest)
-    whole: MILModel | None = None  # see validated_network
 
 
 def open_run(config: Config, runtime: Runtime) -> Run:
@@ -132,27 +132,42 @@ def bare_again(run: Run, engine: Engine) -> MILModel:
         return run.network
     weights = engine.weights()
     engine.close()
+    return _network_of(run, weights)
+
+
+def _network_of(run: Run, weights: dict[str, Tensor]) -> MILModel:
     network = make_network(run.pipeline, pretrained=False)
     network.load_state_dict(weights)
     return network
 
 
-def validated_network(run: Run) -> MILModel:
-    """The network to validate: the averaged weights where there are any. All ranks have to call it.
+def predict_now(run: Run, rows_N: np.ndarray) -> tuple[list[Prediction], dict[str, float]]:
+    """Predictions and losses of these rows with the weights of now. All ranks have to call it.
 
-    Where weights are divided among the ranks (ZeRO-3) it is a whole copy, so that ranks may forward other numbers of
-    batches, and one may draw pictures alone.
+    Weights that are divided among the ranks (ZeRO-3) stay divided: the engine forwards.
     """
     assert run.stepper is not None
-    if run.ema is not None:
-        return cast(MILModel, run.ema.module)
-    if not run.stepper.engine.divides_weights:
-        return run.network
-    weights = run.stepper.engine.weights()
-    if run.whole is None:
-        run.whole = make_network(run.pipeline, pretrained=False)
-    run.whole.load_state_dict(weights)
-    return run.whole
+    engine = run.stepper.engine
+    together = engine if engine.divides_weights else None
+    return predict_with_losses(run.pipeline, _validated(run), run.network.scales, rows_N, run.loss, together=together)
+
+
+def shown_network(run: Run) -> MILModel:
+    """The network that rank 0 shows once it is validated. All ranks have to call it.
+
+    Rank 0 draws pictures alone: where it does and weights are divided (ZeRO-3), it gets a whole copy.
+    """
+    assert run.stepper is not None
+    network, engine = _validated(run), run.stepper.engine
+    if not (engine.divides_weights and shows_images(run.pipeline.config, network)):
+        return network
+    weights = engine.weights()
+    return _network_of(run, weights) if run.pipeline.runtime.is_main else network
+
+
+def _validated(run: Run) -> MILModel:
+    """The averaged weights where there are any."""
+    return run.network if run.ema is None else cast(MILModel, run.ema.module)
 
 
 def make_schedule(pipeline: Pipeline) -> Schedule:

@@ -226,7 +226,8 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int) -> dict[str, Any]
     """DeepSpeed's configuration, all of it but clipping: none is read from a file.
 
     Weights stay fp32. bf16 is torch's autocast: DeepSpeed's own bf16 mode casts parameters and leaves batch-norm
-    buffers behind.
+    buffers behind. What ranks send is fp32 too, as under DDP: rounded for the way, gathered weights (stage 3) would be
+    others than a whole copy has wherever they are used in fp32.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
     if config.offload_optimizer:
@@ -241,7 +242,7 @@ def deepspeed_config(config: TrainConfig, *, micro_batch: int) -> dict[str, Any]
         "steps_per_print": 10**9,
     }
     if config.precision == "bf16":
-        options["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        options["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return options
 
 

@@ -16,9 +16,8 @@ from msmil.engine.ahead import on_device
 from msmil.engine.board import end_of_run, rank_scalars, show_validation
 from msmil.engine.checkpoint import Snapshot, host_copy, prune, save_checkpoint
 from msmil.engine.pipeline import Pipeline
-from msmil.engine.predict import predict_with_losses
 from msmil.engine.preemption import Stopped
-from msmil.engine.run import Run, bare_again, open_run, validated_network
+from msmil.engine.run import Run, bare_again, open_run, predict_now, shown_network
 from msmil.engine.runtime import Runtime
 from msmil.engine.step import Blocks, Stepper, StepReport
 from msmil.engine.tracking import PhaseTimer, log, memory_bytes
@@ -212,9 +211,7 @@ def validate(run: Run) -> None:
 
     The metric is the mean of the labels' AUROC; a label without positives or negatives has none and is left out.
     """
-    rows = run.pipeline.manifest.rows("val")
-    module = validated_network(run)
-    predictions, losses = predict_with_losses(run.pipeline, module, run.network.scales, rows, run.loss)
+    predictions, losses = predict_now(run, run.pipeline.manifest.rows("val"))
     values = validation_scalars(predictions, run.pipeline.labels, run.network.scales)
     values |= {f"val/loss/{name}": value for name, value in losses.items() if math.isfinite(value)}
     aurocs = [values[key] for label in run.pipeline.labels if (key := f"val/auroc/{label}") in values]
@@ -226,7 +223,8 @@ def validate(run: Run) -> None:
     if metric is not None and (best is None or metric > best):
         run.state = replace(run.state, best_metric=metric, best_step=run.state.step)
     best_now = run.state.best_step == run.state.step
-    run.pipeline.runtime.on_main(lambda: show_validation(run, module, predictions, values, best=best_now))
+    network = shown_network(run)
+    run.pipeline.runtime.on_main(lambda: show_validation(run, network, predictions, values, best=best_now))
     text = ", ".join(f"{label} {values.get(f'val/auroc/{label}', float('nan')):.3f}" for label in run.pipeline.labels)
     log.info("validation AUROC: %s%s", text, " (best so far)" if best_now else "")
 

@@ -142,8 +142,10 @@ class ZeroEngine:
             return self._copies()
         import deepspeed
 
-        with self.runtime.waiting(), deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            return self._copies()
+        with self.runtime.waiting():
+            self._zero.empty_partition_cache()  # a forward without a backward may leave some under way
+            with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+                return self._copies()
 
     def _copies(self) -> dict[str, Tensor]:
         # weights are views of one buffer, which a file must not hold once for each of them

@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks.manifest import in_a_fresh_process, write_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_a_million_images_cost_a_worker_less_than_50_mb(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """A rank that trains several legs of runs, one after another, and writes what each step received and gave.
 
 A leg is {"config": file, "until": step, "out": file, "dtype": "float32", "threshold": parameters below this size stay
-whole under ZeRO-3}. It opens the run as `msmil train` does (resuming if there is a checkpoint), trains to a step in
-the middle of an epoch or behind it, and saves. fp16 is let through on CPUs, where it is slow and nothing else; "scale"
-is the number that its losses are multiplied with at first. With "predict" the leg then predicts: whole splits, and
-fewer images than ranks. With "refused" it expects that the run cannot be opened, and writes what each rank was told.
+whole under ZeRO-3, which then gathers few ahead, as of a large network}. It opens the run as `msmil train` does
+(resuming if there is a checkpoint), trains to a step in the middle of an epoch or behind it, and saves. fp16 is let
+through on CPUs, where it is slow and nothing else; "scale" is the number that its losses are multiplied with at first.
+In front of the steps that "validates" names, and behind the last if it is one of them, it validates as `msmil train`
+does. With "predict" the leg then predicts: whole splits, and fewer images than ranks. With "refused" it expects that
+the run cannot be opened, and writes what each rank was told.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +33,12 @@ from msmil.engine import predict as predict_module
 from msmil.engine import runtime as runtime_module
 from msmil.engine.ddp import DdpEngine
 from msmil.engine.engines import Engine
-from msmil.engine.run import Run, open_run, validated_network
+from msmil.engine.run import Run, open_run, predict_now
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import PhaseTimer
-from msmil.engine.train import after_step, finish_saving, open_stream, save, stepper_of_epoch
+from msmil.engine.train import after_step, finish_saving, open_stream, save, stepper_of_epoch, validate
 from shards.errors import UserError
-from shards.stream import evaluation_stream
+from shards.stream import blank_batch, evaluation_stream
 from shards.types import Batch
 
 _CONFIG = runtime_module.deepspeed_config
@@ -68,8 +71,11 @@ def train_leg(leg: dict[str, Any]) -> None:
     told: dict[str, Any] = {"world": runtime.world, "start": run.state.step, "losses": [], "samples": [], "due": []}
     told["skipped"] = 0
     gradients: dict[str, torch.Tensor] = {}
+    validates = leg.get("validates", [])
     while run.state.step < leg["until"]:
-        train_epoch_until(run, leg["until"], told, gradients)
+        train_epoch_until(run, leg["until"], validates, told, gradients)
+    if run.state.step in validates:
+        validate(run)
     told["seen"] = run.state.samples_seen
     if told["losses"]:
         save(run)
@@ -105,28 +111,50 @@ def write_refusals(config: Config, runtime: Runtime, out: str) -> None:
 
 
 def predict_all(run: Run) -> dict[str, Any]:
-    """Predictions [image, probabilities] of several sets of rows, and the samples that each rank forwarded."""
-    manifest = run.pipeline.manifest
+    """Predictions [image, probabilities] and losses of several sets of rows, and what each rank forwarded: the samples,
+    and of each batch the number of images and whether they were blank.
+    """
+    manifest, runtime = run.pipeline.manifest, run.pipeline.runtime
     rows = {"val": manifest.rows("val"), "test": manifest.rows("test")}
-    rows |= {"two": rows["test"][3:5], "one": rows["test"][7:8]}
+    rows |= {"nine": rows["test"][:9], "two": rows["test"][3:5], "one": rows["test"][7:8]}
     found: dict[str, Any] = {}
     for name, rows_N in rows.items():
         seen: list[tuple[int, str]] = []
-        with mock.patch.object(predict_module, "evaluation_stream", watched_stream(seen)):
-            predictions = predict_module.predict(run.pipeline, validated_network(run), run.network.scales, rows_N)
+        with mock.patch.object(predict_module, "evaluation_stream", watched_stream(seen)), forwards_of(run) as forwards:
+            predictions, losses = predict_now(run, rows_N)
         found[name] = {
             "rows": rows_N.tolist(),
             "predictions": [[p.image_id, [*p.probability.values(), *p.scale_weight.values()]] for p in predictions],
-            "forwarded": run.pipeline.runtime.gather(seen),
+            "losses": losses,
+            "forwarded": runtime.gather(seen),
+            "forwards": runtime.gather(forwards),
         }
     return found
+
+
+@contextmanager
+def forwards_of(run: Run) -> Iterator[list[tuple[int, bool]]]:
+    """(images, whether they are blank) of each forward of the network in here."""
+    labels = len(run.pipeline.labels)
+    blank = run.pipeline.bag(blank_batch(run.pipeline.manifest, 1, labels=labels, features=None), epoch=None)
+    forwards: list[tuple[int, bool]] = []
+
+    def look(_module: torch.nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
+        tiles_BNCPP = named["tiles_BNCPP"]
+        assert blank is not None
+        forwards.append((len(tiles_BNCPP), torch.equal(tiles_BNCPP, blank.tiles_BNCPP.expand_as(tiles_BNCPP))))
+
+    with run.network.register_forward_pre_hook(look, with_kwargs=True):
+        yield forwards
 
 
 def watched_stream(seen: list[tuple[int, str]]) -> Callable[..., Iterator[Batch]]:
     return lambda *arguments, **more: watched(evaluation_stream(*arguments, **more), seen)
 
 
-def train_epoch_until(run: Run, until: int, told: dict[str, Any], gradients: dict[str, torch.Tensor]) -> None:
+def train_epoch_until(
+    run: Run, until: int, validates: Sequence[int], told: dict[str, Any], gradients: dict[str, torch.Tensor]
+) -> None:
     epoch, runtime = run.state.epoch, run.pipeline.runtime
     run.stepper = stepper_of_epoch(run, epoch)
     if not told["losses"]:
@@ -135,6 +163,8 @@ def train_epoch_until(run: Run, until: int, told: dict[str, Any], gradients: dic
     for index in range(run.state.batches_done, run.schedule.steps_per_epoch):
         if run.state.step == until:
             return
+        if run.state.step in validates:
+            validate(run)
         seen: list[tuple[int, str]] = []
         report = run.stepper(
             watched(batches, seen), epoch=epoch, step=run.state.step, timer=PhaseTimer(runtime.synchronize)
@@ -191,6 +221,7 @@ class _Keeps(logging.Handler):
 def _with_threshold(config: dict[str, Any], threshold: int | None) -> dict[str, Any]:
     if threshold is not None:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+        config["zero_optimization"]["stage3_prefetch_bucket_size"] = 300
     return config
 
 

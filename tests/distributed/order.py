@@ -14,6 +14,7 @@ from tests.archives import GroupedArchive, make_grouped_archive, pack_grouped
 from tests.distributed.runs import Runs, zero
 
 STEPS, BATCH = 5, 18  # an epoch and more; no divisor of the 60 images, nor a multiple of an exam
+PREDICTED = 4  # images of a rank's batch: of nine images the second rank of two has a batch more, which is short
 ORDERS: dict[str, dict[str, Any]] = {
     "pad": {},
     "wrap": {"last_batch": "wrap"},
@@ -53,9 +54,11 @@ def order_legs(runs: Runs, ranks: int) -> list[dict[str, Any]]:
         legs.append(
             runs.leg(f"{name}_{ranks}", STEPS, train={"batch_size": BATCH}, data=data, predict="shards" in data)
         )
-    legs.append(runs.leg(f"predict_{ranks}", 0, run="one", predict=True))
+    goes_on = {"run": "one", "evaluate": {"batch_size": PREDICTED}, "predict": True}
+    legs.append(runs.leg(f"predict_{ranks}", 0, **goes_on))
+    if ranks > 1:
+        legs.append(runs.leg(f"predict_zero_{ranks}", 0, train=zero(3), threshold=0, **goes_on))
     if ranks == 2:
-        legs.append(runs.leg("predict_zero", 0, run="one", train=zero(3), threshold=0, predict=True))
         legs.append(runs.leg("workers", STEPS, train={"batch_size": BATCH}, data={"workers": 2}))
     if ranks == 3:
         legs.append(runs.leg(TOO_FEW, 0, train={"batch_size": 96}, refused=True))

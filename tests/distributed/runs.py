@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from tests.experiments import write_tiny
 from tests.worlds import world
 
 DEADLINE_S = 240
+_OF_LEGS = ("dtype", "threshold", "validates", "predict", "refused", "scale")
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
@@ -43,6 +45,19 @@ class Told:
     warned: list[str]
     predictions: dict[str, Any] = field(default_factory=dict)
 
+    def agrees_with(self, one: Told, *, bound: float) -> None:
+        """Fail unless it trained as another leg did: the same samples; to a relative bound, losses and gradients."""
+        assert self.samples == one.samples
+        assert self.losses == pytest.approx(one.losses, rel=bound)
+        assert self.gradients.keys() == one.gradients.keys()
+        for key, gradient in one.gradients.items():
+            difference = (self.gradients[key] - gradient).norm()
+            if key.endswith("score.bias"):  # softmax does not feel it: its gradient is rounding noise around 0
+                assert max(difference, gradient.norm()) < 1e-7
+            else:
+                assert gradient.norm() > 1e-7, f"{key} has no gradient to compare"
+                assert difference <= bound * gradient.norm(), f"{key}: {difference / gradient.norm():.1e}"
+
 
 class Runs:
     """Runs in one folder, all of one small experiment: BatchNorm frozen, augmentation that changes pixels."""
@@ -53,8 +68,8 @@ class Runs:
     def leg(self, name: str, until: int, *, run: str | None = None, **settings: Any) -> dict[str, Any]:
         """A leg called `name` of the run `run` up to a step.
 
-        Settings: words of the sections train, model, data and checkpoint; dtype, threshold, predict, refused, scale
-        (see legs.py).
+        Settings: words of the sections train, model, data, checkpoint, evaluate and tracking; dtype, threshold,
+        validates, predict, refused, scale (see legs.py).
         """
         folder = self.folder / name
         folder.mkdir()
@@ -71,9 +86,11 @@ class Runs:
             model=backbone | settings.get("model", {}),
             data=settings.get("data", {}),
             checkpoint=settings.get("checkpoint", {}),
+            evaluate=settings.get("evaluate", {}),
+            tracking=settings.get("tracking", {}),
             bags={"augment": {"rotation_deg": 5, "gain": 0.2, "noise_sd": 0.02}},
         )
-        more = {key: settings[key] for key in ("dtype", "threshold", "predict", "refused", "scale") if key in settings}
+        more = {key: settings[key] for key in _OF_LEGS if key in settings}
         return {"config": str(config), "until": until, "out": str(self._out(name)), **more}
 
     def train(self, ranks: int, legs: Sequence[dict[str, Any]]) -> None:

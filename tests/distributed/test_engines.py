@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
+from msmil.reporting.curves import read_curves
 from shards.manifest import read_manifest
 from tests.archives import LABELS
-from tests.distributed.order import BATCH, ORDERS, TOO_FEW, order_legs, pack_unusual
+from tests.distributed.order import BATCH, ORDERS, PREDICTED, TOO_FEW, order_legs, pack_unusual
 from tests.distributed.runs import Runs, zero
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # worlds have deadlines of their own
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # worlds have deadlines of their own
 
 STEPS = 20
 ENGINES = {
@@ -24,18 +26,22 @@ ENGINES = {
     "zero3": zero(3),
     "offload": zero(2, offload_optimizer=True),
 }
+VALIDATED = [1, STEPS]
 WORLDS = [(2, name) for name in ENGINES] + [(3, "double")]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
-    """One rank; two ranks under every engine; three under DDP."""
+    """One rank; two ranks under every engine; three under DDP. One rank and ZeRO-3 validate now and then."""
     runs = Runs(tmp_path_factory.mktemp("engines"), packed)
     bf16 = {"precision": "bf16"}
     pack_unusual(runs.folder)
-    runs.train(1, [runs.leg("one", STEPS), runs.leg("one_double", STEPS, dtype="float64"), *order_legs(runs, 1)])
-    legs = [runs.leg(name, STEPS, train=words, threshold=0) for name, words in ENGINES.items()]
+    one = runs.leg("one", STEPS, validates=VALIDATED)
+    runs.train(1, [one, runs.leg("one_double", STEPS, dtype="float64"), *order_legs(runs, 1)])
+    seen = {"zero3": {"validates": VALIDATED, "tracking": {"images": 1}}}
+    legs = [runs.leg(name, STEPS, train=words, threshold=0, **seen.get(name, {})) for name, words in ENGINES.items()]
     legs += [runs.leg("bf16", STEPS, train=bf16), runs.leg("zero2_bf16", STEPS, train=zero(2, **bf16))]
+    legs.append(runs.leg("zero3_bf16", 1, train=zero(3, **bf16), threshold=0))
     runs.train(2, [*legs, *order_legs(runs, 2)])
     runs.train(3, [runs.leg("double", STEPS, dtype="float64"), *order_legs(runs, 3)])
     return runs
@@ -44,18 +50,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
 @pytest.mark.parametrize(("ranks", "name"), WORLDS)
 def test_gradients_losses_and_samples_are_those_of_one_rank(runs: Runs, ranks: int, name: str) -> None:
     told, one = runs.told(name), runs.told("one_double" if name == "double" else "one")
-    bound = 1e-10 if name == "double" else 1e-5
     assert (told.world, len(told.losses)) == (ranks, STEPS)
-    assert told.samples == one.samples
-    assert told.losses == pytest.approx(one.losses, rel=bound)
-    assert told.gradients.keys() == one.gradients.keys()
-    for key, gradient in one.gradients.items():
-        difference = (told.gradients[key] - gradient).norm()
-        if key.endswith("score.bias"):  # softmax does not feel it: its gradient is rounding noise around 0
-            assert max(difference, gradient.norm()) < 1e-7
-        else:
-            assert gradient.norm() > 1e-7, f"{key} has no gradient to compare"
-            assert difference <= bound * gradient.norm(), f"{key}: {difference / gradient.norm():.1e}"
+    told.agrees_with(one, bound=1e-10 if name == "double" else 1e-5)
 
 
 def test_deepspeed_knows_the_types_that_modules_take_and_give(runs: Runs) -> None:
@@ -78,6 +74,26 @@ def test_in_bf16_engines_differ_by_its_rounding(runs: Runs) -> None:
     for name in ("bf16", "zero2_bf16"):
         assert runs.told(name).losses == pytest.approx(one, rel=1e-2)
         assert runs.told(name).losses != pytest.approx(one, rel=1e-5), f"{name} did not compute in bf16"
+
+
+def test_weights_that_are_gathered_in_bf16_training_are_not_rounded(runs: Runs) -> None:
+    """Those of attention are used in fp32. Rounded, they move the first loss by 2e-5."""
+    assert runs.told("zero3_bf16").losses == pytest.approx(runs.told("bf16").losses[:1], rel=1e-6)
+
+
+def test_divided_weights_are_validated_and_drawn(runs: Runs) -> None:
+    """That training then goes on as without, the losses of all steps say above."""
+    folders = [runs.folder / "runs" / name / "tensorboard" for name in ("one", "zero3")]
+    one, zero3 = (read_curves(folder).scalars for folder in folders)
+    names = {name for name in one if name.startswith("val/")}
+    assert {"val/auroc/mean", "val/loss/total", "val/loss/instance", "val/loss/scale/16"} <= names
+    for name in names:
+        steps, values = zero3[name]
+        assert steps.tolist() == one[name][0].tolist() == VALIDATED
+        np.testing.assert_allclose(values, one[name][1], rtol=1e-4)
+    events = EventAccumulator(str(folders[1])).Reload()
+    [drawn] = events.PluginTagToContent("images")
+    assert [event.step for event in events.Tensors(drawn)] == VALIDATED
 
 
 def test_the_comparison_can_fail(runs: Runs) -> None:
@@ -136,11 +152,11 @@ def test_the_options_of_the_order_hold_for_what_steps_received(runs: Runs, packe
     assert 0.3 * len(train) < 4 * len(share) < 0.7 * len(train)
 
 
-@pytest.mark.parametrize("name", ["predict_2", "predict_3", "predict_zero"])
+@pytest.mark.parametrize("name", ["predict_2", "predict_3", "predict_zero_2", "predict_zero_3"])
 def test_every_image_is_predicted_once_and_alike_on_any_number_of_ranks(runs: Runs, name: str) -> None:
     """Two images and one image are fewer than three ranks."""
     told, one = runs.told(name), runs.told("predict_1")
-    assert set(told.predictions) == {"val", "test", "two", "one"}
+    assert set(told.predictions) == {"val", "test", "nine", "two", "one"}
     for split, found in told.predictions.items():
         expected = one.predictions[split]
         assert found["rows"] == expected["rows"]
@@ -149,6 +165,22 @@ def test_every_image_is_predicted_once_and_alike_on_any_number_of_ranks(runs: Ru
         assert [image for image, _ in found["predictions"]] == [image for image, _ in expected["predictions"]]
         numbers = [np.array([values for _, values in part["predictions"]]) for part in (found, expected)]
         np.testing.assert_allclose(*numbers, rtol=0, atol=1e-6)
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_where_weights_are_divided_ranks_fill_up_with_blank_batches(runs: Runs, ranks: int) -> None:
+    """A forward waits for all ranks there. Elsewhere each has its own batches, and no more."""
+    for together in (True, False):
+        told = runs.told(f"predict_zero_{ranks}" if together else f"predict_{ranks}")
+        for found in told.predictions.values():
+            most = max(len(rank) for rank in found["forwards"])
+            for forwards, own in zip(found["forwards"], found["forwarded"], strict=True):
+                sizes = [len(own[start : start + PREDICTED]) for start in range(0, len(own), PREDICTED)]
+                blank = (most - len(sizes)) * together
+                assert forwards == [[size, False] for size in sizes] + [[1, True]] * blank
+    of_nine, of_one = ([*map(len, told.predictions[name]["forwards"])] for name in ("nine", "one"))
+    assert (of_nine, of_one) == (([1, 2], [0, 1]) if ranks == 2 else ([1, 1, 1], [0, 0, 1])), "else nothing is uneven"
 
 
 def test_ranks_without_images_predict_nothing(runs: Runs) -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from msmil.engine.loss_scale import LossScale
+from msmil.reporting.curves import read_curves
 from tests.distributed.runs import Runs, zero
 
 STEPS = 8
 LARGE = 2.0**60  # no gradient of fp16 bears it
 OVERFLOWS = 3
 STAGES = (0, 2, 3)  # stage 1 is DeepSpeed's code of stage 2
-slow = pytest.mark.slow
+slow = pytest.mark.long
 pytestmark = pytest.mark.timeout(600)  # worlds have deadlines of their own
 
 
@@ -25,10 +26,11 @@ pytestmark = pytest.mark.timeout(600)  # worlds have deadlines of their own
 def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
     runs = Runs(tmp_path_factory.mktemp("fp16"), packed)
     fp16 = {"precision": "fp16", "accumulation": 3}
-    legs = [runs.leg("fp32", STEPS, train=zero(2, accumulation=3)), runs.leg("start", 1, train=zero(2, accumulation=3))]
+    fp32, end = zero(2, accumulation=3), {"validates": [STEPS]}
+    legs = [runs.leg("fp32", STEPS, train=fp32, **end), runs.leg("start", 1, train=fp32)]
     for stage in STAGES:
         words = {"train": zero(stage, **fp16), "threshold": 0}
-        legs.append(runs.leg(f"zero{stage}", STEPS, **words))
+        legs.append(runs.leg(f"zero{stage}", STEPS, **words, **end))
         legs.append(runs.leg(f"over{stage}", OVERFLOWS, scale=LARGE, **words))
         legs.append(runs.leg(f"on{stage}", OVERFLOWS + 1, run=f"over{stage}", scale=1.0, **words))
     runs.train(2, legs)
@@ -38,12 +40,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
 @slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_are_those_of_fp32_to_its_rounding(runs: Runs, stage: int) -> None:
-    """fp16 has eleven bits of mantissa: losses of 8 steps agree to 0.2 %."""
+    """fp16 has eleven bits of mantissa: losses of 8 steps, and of the validation behind them, agree to 0.2 %."""
     told, one = runs.told(f"zero{stage}"), runs.told("fp32").losses
     assert told.skipped == 0
     assert told.losses == pytest.approx(one, rel=2e-3)
     assert told.losses != pytest.approx(one, rel=1e-6), "it did not compute in fp16"
     assert max(one) / min(one) > 1.1, "otherwise this shows nothing"
+    curves = [read_curves(runs.folder / "runs" / name / "tensorboard").scalars for name in (f"zero{stage}", "fp32")]
+    [validated], [expected] = (scalars["val/loss/total"][1].tolist() for scalars in curves)
+    assert validated == pytest.approx(expected, rel=2e-3)
+    assert validated != pytest.approx(expected, rel=1e-6), "its validation did not compute in fp16"
 
 
 @slow

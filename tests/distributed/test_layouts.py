@@ -63,7 +63,7 @@ def test_what_accelerate_makes_of_it_contradicts_no_experiment(file: Path, monke
         refuse_environment(config, made)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_of_a_layout_train(tmp_path: Path, packed: Path) -> None:
     config = str(write_tiny(tmp_path, packed, train={"epochs": 1}))
     layout = ["--config_file", "configs/accelerate/gpus_2.yaml", "--main_process_port", "0"]

@@ -10,9 +10,10 @@ import torch
 
 from tests.distributed.runs import Runs, zero
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # worlds have deadlines of their own
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # worlds have deadlines of their own
 
 CUT, END = 5, 12
+VALIDATED = [0, 3, END]
 DROPOUT = {"encoder_dropout": 0.3, "attention_dropout": 0.2}
 EMA = {"ema_decay": 0.9}
 SOON = {"every_minutes": 1e-3}  # 0.06 s
@@ -36,12 +37,12 @@ CHANGES: list[tuple[int, int, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
-    """Each run unbroken and cut; and one run whose ranks and engine change."""
+    """Each run unbroken, validated now and then, and cut; and one run whose ranks and engine change."""
     runs = Runs(tmp_path_factory.mktemp("resume"), packed)
     legs: dict[int, list[dict[str, Any]]] = {1: [], 2: [runs.leg("unbroken", 20, checkpoint=SOON)], 3: []}
     for name, (ranks, train) in SAME.items():
         more = {"train": train, "model": DROPOUT, "threshold": 0}
-        legs[ranks].append(runs.leg(name, END, **more))
+        legs[ranks].append(runs.leg(name, END, validates=VALIDATED, **more))
         legs[ranks] += [runs.leg(f"{name}_{step}", step, run=f"{name}_cut", **more) for step in (CUT, END)]
     for n, (ranks, until, train) in enumerate(CHANGES):
         legs[ranks].append(runs.leg(f"changes_{n}", until, run="changes", train=train, threshold=0))
@@ -52,6 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
 
 @pytest.mark.parametrize("name", SAME)
 def test_on_the_same_ranks_it_is_equal_to_the_last_bit(runs: Runs, name: str) -> None:
+    """Validations, of which the cut one has none, change nothing either: before the first step, and before a save."""
     assert runs.told(f"{name}_{END}").start == CUT
     unbroken, cut = runs.saved(name, END), runs.saved(f"{name}_cut", END)
     kinds = {key.partition("/")[0] for key in unbroken}

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from msmil.reporting.run_files import read_run
 from msmil.reporting.sections.training import training_section
 from shards.manifest import Manifest, read_manifest
 from shards.stream import train_plan
+from tests.distributed.runs import zero
 from tests.experiments import write_tiny
 from tests.faults.launcher import Launcher, Started, poll
 from tests.faults.places import step_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 LONG = {"train": {"epochs": 5000}, "evaluate": {"every_epochs": 5000}, "checkpoint": {"keep_last": 1}}
 
@@ -86,9 +88,9 @@ def assert_stopped(started: Started, codes: list[int], *named: str) -> None:
     assert not any("Traceback" in started.said(rank) for rank in range(len(codes)))
 
 
-def skipping(folder: Path, manifest: Manifest, name: str, *, largest: float = 0.1) -> Path:
+def skipping(folder: Path, manifest: Manifest, name: str, *, largest: float = 0.1, **sections: Any) -> Path:
     data = {"on_error": "skip", "max_skipped_fraction": largest}
-    return write_tiny(folder, manifest.directory, name=name, data=data, checkpoint={"every_steps": 1})
+    return write_tiny(folder, manifest.directory, name=name, data=data, checkpoint={"every_steps": 1}, **sections)
 
 
 def test_a_sample_is_skipped_on_all_ranks_alike_counted_named_and_shown(
@@ -142,8 +144,12 @@ def test_too_many_skipped_samples_stop_all_ranks_with_the_same_message(
     assert tar_of(manifest, row) in started.failures[0]
 
 
-def test_a_validation_image_is_never_skipped(launcher: Launcher, tmp_path: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize("train", [{}, zero(3)], ids=["ddp", "zero3"])
+def test_a_validation_image_is_never_skipped(
+    launcher: Launcher, tmp_path: Path, manifest: Manifest, train: dict[str, Any]
+) -> None:
+    """Under ZeRO-3 the other rank waits for the one that ends in the middle of its forward."""
     row = int(manifest.rows("val")[0])
     flip(manifest, row)
-    started = launcher.start(skipping(tmp_path, manifest, "val"))
+    started = launcher.start(skipping(tmp_path, manifest, "val", train=train))
     assert_stopped(started, launcher.wait(started), tar_of(manifest, row), f"(row {row})")

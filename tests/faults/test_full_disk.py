@@ -15,7 +15,7 @@ from msmil.engine.checkpoint_state import newest
 from tests.experiments import write_tiny
 from tests.worlds import ROOT, environment, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 SIZE = "24m"
 

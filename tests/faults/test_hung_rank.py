@@ -19,7 +19,7 @@ from tests.experiments import write_tiny
 from tests.faults.launcher import Launcher
 from tests.worlds import ROOT, alive, children_running, environment, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 TIMEOUT_S = 6
 SLOW_START_S = 15  # while real launchers start on a busy machine, one rank imports what another has long imported

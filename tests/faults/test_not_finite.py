@@ -15,7 +15,7 @@ from tests.faults.experiments import write_full
 from tests.faults.hooks import NAN_MICRO, NAN_STEP
 from tests.faults.launcher import Launcher
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_no_parameter_changes_and_the_samples_of_that_rank_are_named(

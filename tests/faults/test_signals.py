@@ -58,7 +58,7 @@ def test_a_rank_that_has_stopped_hears_no_sigterm_while_it_ends(
     assert capsys.readouterr().err.count("msmil: stopped by SIGUSR1 behind step 7;") == said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_stop_together_save_and_go_on(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
     """SIGTERM to all ranks, to one of them; then each of the other signals. Nothing is saved but at a stop."""
     config, done = write_tiny(tmp_path, packed, name="job", **LONG), 0
@@ -81,7 +81,7 @@ def test_ranks_stop_together_save_and_go_on(launcher: Launcher, tmp_path: Path, 
         done = state.step
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_ctrl_c_ends_ranks_that_hang(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
     """Rank 0 waits in a collective for rank 1, which never comes: there the first Ctrl-C cannot be obeyed."""
     started = launcher.start(write_tiny(tmp_path, packed, **LONG), fault="tests.faults.hooks:hanging_step")
@@ -93,7 +93,7 @@ def test_a_second_ctrl_c_ends_ranks_that_hang(launcher: Launcher, tmp_path: Path
     assert launcher.wait(started, deadline_s=30) == [130, 130]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
     """SIGUSR1; then Ctrl-C while the ranks do not answer, and once more."""

@@ -26,7 +26,7 @@ def test_a_configuration_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "looks at no experiment" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_of_torchrun_talk_rightly_and_at_a_measured_speed() -> None:
     said = json.loads(torchrun("launch.cli", ["doctor", "--collectives", "--json"], ranks=2))
     assert said["state"] == "ok"
@@ -51,7 +51,7 @@ def start(rank: int, world: int, port: int, timeout_s: int) -> subprocess.Popen[
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("there", "named"), [((0, 1), "rank 2 of 3 did not answer within 8 s"), ((1,), "rank 0 does not answer at 127.0")]
 )

@@ -33,7 +33,7 @@ def test_deepspeed_is_told_what_the_experiment_says() -> None:
     assert told["zero_optimization"]["stage"] == 1
     assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert (told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]) == (3, 2)
-    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert "bf16" not in told, "its own bf16 mode casts parameters and leaves batch-norm buffers behind"
 
 

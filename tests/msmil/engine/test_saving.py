@@ -21,7 +21,7 @@ from shards.errors import UserError
 from tests.experiments import write_tiny
 from tests.runs import Killed, reset
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def saver(**more: Any) -> Saver:

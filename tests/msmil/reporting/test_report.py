@@ -20,7 +20,7 @@ from msmil.reporting.report import build_report
 from msmil.reporting.run_files import read_run, run_names
 from tests.run_folders import LABELS, SECRET, Page, make_run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(autouse=True)
