@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from shards.codecs import CODECS
+from shards.codecs import CODECS, Codec
 from shards.errors import UserError
 
 SCHEMA_VERSION: Final = 2
@@ -41,7 +41,7 @@ class Header:
     height_px: int
     width_px: int
     dtype: Literal["uint8", "uint16"]
-    codec: str
+    codec: Codec
     recipe: dict[str, Any]
     fingerprint: str
     settings: dict[str, Any]

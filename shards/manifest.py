@@ -121,9 +121,10 @@ class Manifest:
             if label not in self._label_N:
                 fix = f"choose from {', '.join(self.labels)}"
                 raise UserError(f"no label {label!r}", fix=fix, file=f"{self.place}/{MANIFEST_NAME}")
-        columns = [self._label_N[label] if rows is None else self._label_N[label][rows] for label in labels]
-        count = len(self) if rows is None else len(rows)
-        return np.stack(columns, axis=1) if columns else np.empty((count, 0), np.int8)
+        label_NK = np.empty((len(self) if rows is None else len(rows), len(labels)), np.int8)
+        for k, label in enumerate(labels):
+            label_NK[:, k] = self._label_N[label] if rows is None else self._label_N[label][rows]
+        return label_NK
 
     def text(self, column: str, rows: Iterable[int] | npt.NDArray[np.int64]) -> list[str]:
         """A column of texts at `rows`; the columns are those of samples.TEXT_COLUMNS."""

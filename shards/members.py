@@ -165,8 +165,8 @@ class MemberReader(ABC):
             descriptor = self._open(place.shard)
             data = _read_anew(descriptor, place) if lasting else self._read_again(descriptor, place)
             if len(data) < place.num_bytes:
-                size = os.fstat(descriptor).st_size
-                thing = f"truncated: {name} ends at byte {place.offset_bytes + place.num_bytes}, the file at byte {size}"
+                end, size = place.offset_bytes + place.num_bytes, os.fstat(descriptor).st_size
+                thing = f"truncated: {name} ends at byte {end}, the file at byte {size}"
                 raise self._error(place.shard, thing)
         except FileNotFoundError as error:
             raise self._error(place.shard, f"missing: {name} cannot be read") from error

@@ -135,7 +135,8 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
             self._write_images(images, row_B, broken, room_R)
         levels = None if features is None else self._levels(features, row_B, broken)
         skipped = {place: text for place, text in broken.items() if weight_B[place] > 0}  # padding is in no epoch
-        weight_B[list(skipped)] = 0
+        if skipped:
+            weight_B[list(skipped)] = 0
         return Batch(
             image_B1HW=None,
             label_BK=torch.from_numpy(self.manifest.label_NK(self.labels, row_B)),

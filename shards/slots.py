@@ -69,33 +69,45 @@ class Slots:
             self._memory_SR.share_memory_()
             self._taken_S.share_memory_()
         self._number = next(_numbers)
+        self._view()
         _open[self._number] = self
+
+    def _view(self) -> None:
+        """See the memory as arrays: a tensor takes longer to say where a slot lies."""
+        self._taken = self._taken_S.numpy()
+        self._rooms: list[NDArray[np.uint8]] = [room_R.numpy() for room_R in self._memory_SR]
+        self._images = [images_in(room_R, self._shape, self._dtype) for room_R in self._rooms]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_taken", "_rooms", "_images")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._view()
 
     def claim(self, writer: int) -> int | None:
         """A free slot of this writer, taken from now on; None where there is none."""
         start = writer * self._per_writer
-        taken_S = self._taken_S.numpy()
-        free = taken_S[start : start + self._per_writer].tobytes().find(0)
+        free = self._taken[start : start + self._per_writer].tobytes().find(0)
         if free < 0:
             return None
-        taken_S[start + free] = 1
+        self._taken[start + free] = 1
         return start + free
 
     def room(self, slot: int) -> NDArray[np.uint8]:
         """The memory of a slot, to be written: LEAD_BYTES, then its images."""
-        room_R: NDArray[np.uint8] = self._memory_SR[slot].numpy()
-        return room_R
+        return self._rooms[slot]
 
     def tensor(self, slot: int, images: int) -> torch.Tensor:
         """The same as a tensor; with the last reference to it the slot is free."""
-        pixels_B1HW = images_in(self.room(slot), self._shape, self._dtype)[:images]
+        pixels_B1HW = self._images[slot][:images]
         # the tensor's storage, which all its views share, holds this one array
-        weakref.finalize(pixels_B1HW, _free, self._taken_S.numpy(), slot).atexit = False
+        weakref.finalize(pixels_B1HW, _free, self._taken, slot).atexit = False
         return torch.from_numpy(pixels_B1HW)
 
     def filled(self, slot: int, batch: Batch) -> Batch:
         """A batch of this process with the images of a slot."""
-        batch.image_B1HW = self.tensor(slot, len(batch.sample_B))
+        batch.image_B1HW = self.tensor(slot, batch.sample_B.shape[0])
         return batch
 
     def sent(self, slot: int, batch: Batch) -> SentBatch:

@@ -6,7 +6,7 @@ B images, H W pixels, K labels, M samples of this rank in order, G global batche
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ def _unwrapped(loader: DataLoader[Batch | SentBatch | Failure], workers: int) ->
 
 def _micro_batches(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
     for batch in batches:
-        images = len(batch.sample_B)
+        images = batch.sample_B.shape[0]
         if images <= size:
             yield batch
         else:
