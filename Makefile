@@ -17,6 +17,7 @@ demo: install
 test: lint types
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long" --cov --cov-report=term
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not long" --durations=10
+	@echo "What takes longer: make test-long"
 
 test-fast: install
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
