@@ -94,6 +94,7 @@ def decode_into(
     Raises:
         UserError: the bytes are no such image; what the pixels are then is not said.
     """
+    assert len(room_R) == LEAD_BYTES + expect_hw[0] * expect_hw[1] * np.dtype(dtype).itemsize
     if codec == "zstd" and _fills(data, len(room_R)):
         room = room_R.data
         lead = bytes(room[:LEAD_BYTES])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
 from shards.codecs import Pixels, decode, decode_into
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.members import Called, MemberReader, Place, Places
+from shards.members import Called, MemberReader, Places
 from shards.remote.coming import Coming
+
+_Decoded = TypeVar("_Decoded", Pixels, None)
 
 
 class ShardReader(MemberReader):
@@ -33,29 +39,22 @@ class ShardReader(MemberReader):
         Raises:
             UserError: the tar is missing, unreadable, truncated or changed, or the image is not as the manifest says.
         """
-        place, name, data = self._stored(row)
-        manifest = self.manifest
-        size = (manifest.height_px, manifest.width_px)
-        try:
-            return decode(data, manifest.codec, expect_hw=size, dtype=manifest.dtype, name=name)
-        except UserError as error:
-            raise self._error(place.shard, error.thing, error.fix) from error
+        return self._decoded(row, decode)
 
     def read_into(self, room_R: npt.NDArray[np.uint8], row: int) -> None:
         """The same into memory that is there: LEAD_BYTES bytes that are left as they were, then the pixels."""
-        place, name, data = self._stored(row)
+        self._decoded(row, functools.partial(decode_into, room_R))
+
+    def _decoded(self, row: int, how: Callable[..., _Decoded]) -> _Decoded:
         manifest = self.manifest
+        place = manifest.location(row, sha256=self._wants_sha256)
+        name = Called(self._name, row)
+        data = self._payload(place, name, lasting=False)
         size = (manifest.height_px, manifest.width_px)
         try:
-            decode_into(room_R, data, manifest.codec, expect_hw=size, dtype=manifest.dtype, name=name)
+            return how(data, manifest.codec, expect_hw=size, dtype=manifest.dtype, name=name)
         except UserError as error:
             raise self._error(place.shard, error.thing, error.fix) from error
-
-    def _stored(self, row: int) -> tuple[Place, Called, bytes | memoryview]:
-        """Where a row's image lies, what errors call it, and its bytes, until the next ones are read."""
-        place = self.manifest.location(row, sha256=self._wants_sha256)
-        name = Called(self._name, row)
-        return place, name, self._payload(place, name, lasting=False)
 
     def _places(self, row_M: npt.NDArray[np.int64]) -> Places:
         return self.manifest.places(row_M)

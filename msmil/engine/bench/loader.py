@@ -65,6 +65,7 @@ def bench_loader(
     chosen = list(_images(config, size_hw, number))
     height, width = chosen[0].shape
     say(f"{number} images of {height} x {width} pixels, {chosen[0].dtype}, batches of {size}, {rounds} rounds in turn")
+    say("each number is the median of the rounds, and each share that of the rounds' own shares")
     found: dict[str, Any] = {"image_hw": [height, width], "images": number, "batch_size": size, "codecs": {}}
     for codec in CODECS:
         with TemporaryDirectory(prefix="msmil_bench_") as folder:
