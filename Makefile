@@ -33,7 +33,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 types: install
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 # the theme's authors print a notice about its future unless they are asked not to; warnings of ours are errors
 docs: install
