@@ -58,7 +58,7 @@ def _add_loader(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_synthetic(parser)
     add("--images", type=at_least_one, default=32, metavar="N", help="images of a round (default: %(default)s)")
-    add("--rounds", type=at_least_one, default=5, metavar="N", help="rounds in turn (default: %(default)s)")
+    add("--rounds", type=at_least_one, default=9, metavar="N", help="rounds in turn (default: %(default)s)")
     add_json(parser, "all numbers")
     add_overrides(parser)
     parser.set_defaults(run=_run_loader)

@@ -95,19 +95,8 @@ def decode_into(
         UserError: the bytes are no such image; what the pixels are then is not said.
     """
     assert len(room_R) == LEAD_BYTES + expect_hw[0] * expect_hw[1] * np.dtype(dtype).itemsize
-    if codec == "zstd" and _fills(data, len(room_R)):
-        room = room_R.data
-        lead = bytes(room[:LEAD_BYTES])
-        try:
-            # With room for all of it Zstandard writes there, and not into memory of its own first.
-            filled = _own.decompressor.stream_reader(data).readinto(room)
-            header = _npy_header(bytes(room[:LEAD_BYTES]))
-            if filled == len(room_R) and header == (expect_hw, dtype, LEAD_BYTES):
-                return
-        except (ValueError, zstandard.ZstdError):
-            pass  # what is wrong is said below
-        finally:
-            room[:LEAD_BYTES] = lead
+    if codec == "zstd" and _decode_zstd_into(room_R.data, data, (expect_hw, np.dtype(dtype), LEAD_BYTES)):
+        return
     image_HW = decode(data, codec, expect_hw=expect_hw, dtype=dtype, name=name)
     room_R[LEAD_BYTES:].view(image_HW.dtype).reshape(expect_hw)[:] = image_HW
 
@@ -122,14 +111,6 @@ class _Own(threading.local):
 _own = _Own()
 
 
-def _fills(data: bytes | memoryview, num_bytes: int) -> bool:
-    """Whether a frame says that it holds so many bytes."""
-    try:
-        return bool(zstandard.frame_content_size(data) == num_bytes)
-    except zstandard.ZstdError:
-        return False
-
-
 def _decode_png(data: bytes | memoryview) -> Pixels:
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         if image.mode not in _PIL_MODES:
@@ -141,6 +122,23 @@ def _decode_zstd(data: bytes | memoryview) -> Pixels:
     raw = _own.decompressor.decompress(data)
     shape, dtype, start = _npy_header(raw[:LEAD_BYTES])
     return np.frombuffer(raw, dtype, offset=start).reshape(shape)
+
+
+def _decode_zstd_into(
+    room: memoryview, data: bytes | memoryview, head: tuple[tuple[int, int], np.dtype[Any], int]
+) -> bool:
+    """Whether the bytes are a .npy of this head that fills the room; its pixels are there then."""
+    lead = bytes(room[:LEAD_BYTES])
+    try:
+        if zstandard.frame_content_size(data) != len(room):
+            return False
+        # With room for all of it Zstandard writes there, and not into memory of its own first.
+        filled = _own.decompressor.stream_reader(data).readinto(room)
+        return filled == len(room) and _npy_header(bytes(room[:LEAD_BYTES])) == head
+    except (ValueError, zstandard.ZstdError):
+        return False  # `decode` says what is wrong
+    finally:
+        room[:LEAD_BYTES] = lead
 
 
 @functools.lru_cache(maxsize=16)  # it is a Python expression, and all images of a folder have the same

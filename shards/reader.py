@@ -32,6 +32,8 @@ class ShardReader(MemberReader):
             all_checksums=all_checksums,
         )
         self.manifest = manifest
+        self._size_hw = (manifest.height_px, manifest.width_px)
+        self._dtype = np.dtype(manifest.dtype)
 
     def read(self, row: int) -> Pixels:
         """The image of a manifest row, [H, W] of the manifest's size and type; its checksum is checked every time.
@@ -46,13 +48,11 @@ class ShardReader(MemberReader):
         self._decoded(row, functools.partial(decode_into, room_R))
 
     def _decoded(self, row: int, how: Callable[..., _Decoded]) -> _Decoded:
-        manifest = self.manifest
-        place = manifest.location(row, sha256=self._wants_sha256)
+        place = self.manifest.location(row, sha256=self._wants_sha256)
         name = Called(self._name, row)
         data = self._payload(place, name, lasting=False)
-        size = (manifest.height_px, manifest.width_px)
         try:
-            return how(data, manifest.codec, expect_hw=size, dtype=manifest.dtype, name=name)
+            return how(data, self.manifest.codec, expect_hw=self._size_hw, dtype=self._dtype, name=name)
         except UserError as error:
             raise self._error(place.shard, error.thing, error.fix) from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from shards.remote.coming import Coming, coming
 from shards.slots import SentBatch, Slots, images_in, room_bytes, slots_for
 from shards.types import Batch
 
+# The few numbers of so many batches are looked up at once: for each batch alone that takes as long as to read an image.
+_AT_ONCE: Final = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -35,6 +38,15 @@ class Failure:
     thing: str
     fix: str
     file: str | None
+
+
+class _Numbers(NamedTuple):
+    """What a batch is but for its images and features: rows of the manifest, labels int8, weights, and rows again."""
+
+    row_B: list[int]
+    label_BK: torch.Tensor
+    weight_B: torch.Tensor
+    sample_B: torch.Tensor
 
 
 class Share(IterableDataset[Batch | SentBatch | Failure]):
@@ -95,15 +107,15 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
             features = None
             if self.features is not None:
                 features = stack.enter_context(FeatureReader(self.features, self.coming))
-            for g in worker_batches(self.num_batches, 0, workers, worker):
+            batches = worker_batches(self.num_batches, 0, workers, worker)
+            for g, numbers in zip(batches, self._numbers(batches), strict=True):
                 for reader in (images, features):
                     if reader is not None:
                         reader.reach(g)
-                part = slice(g * self.size, (g + 1) * self.size)
                 slot = None if self.slots is None else self.slots.claim(worker)
                 room_R = self._room(slot)
                 try:
-                    batch = self._batch(images, features, part, room_R)
+                    batch = self._batch(images, features, numbers, room_R)
                 except UserError as error:
                     yield Failure(error.thing, error.fix, error.file)
                     continue
@@ -121,15 +133,28 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
             return self.slots.room(slot)
         return np.empty(room_bytes(self._shape, self.manifest.dtype), np.uint8) if self.images else None
 
+    def _numbers(self, batches: range) -> Iterator[_Numbers]:
+        """Those of these batches, in turn."""
+        for start in range(0, len(batches), _AT_ONCE):
+            first_G = np.asarray(batches[start : start + _AT_ONCE]) * self.size
+            places = (first_G[:, None] + np.arange(self.size)).reshape(-1)
+            row_M = self.row_M[places[places < len(self.row_M)]]  # only an epoch's last batch may be short
+            weight_M = self.counts_M[places[: len(row_M)]].astype(np.float32)
+            tensors = (self.manifest.label_NK(self.labels, row_M), weight_M, row_M.astype(np.int64))
+            parts = zip(*(torch.from_numpy(x).split(self.size) for x in tensors), strict=True)
+            for place, (label_BK, weight_B, sample_B) in enumerate(parts):
+                row_B = row_M[place * self.size : (place + 1) * self.size].tolist()
+                yield _Numbers(row_B, label_BK, weight_B, sample_B)
+
     def _batch(
         self,
         images: ShardReader | None,
         features: FeatureReader | None,
-        part: slice,
+        numbers: _Numbers,
         room_R: NDArray[np.uint8] | None,
     ) -> Batch:
         """The batch of these rows but for its images, which are written to `room_R`."""
-        row_B, weight_B = self.row_M[part], self.counts_M[part].astype(np.float32)
+        row_B, label_BK, weight_B, sample_B = numbers
         broken: dict[int, str] = {}
         if images is not None and room_R is not None:
             self._write_images(images, row_B, broken, room_R)
@@ -137,20 +162,13 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
         skipped = {place: text for place, text in broken.items() if weight_B[place] > 0}  # padding is in no epoch
         if skipped:
             weight_B[list(skipped)] = 0
-        return Batch(
-            image_B1HW=None,
-            label_BK=torch.from_numpy(self.manifest.label_NK(self.labels, row_B)),
-            weight_B=torch.from_numpy(weight_B),
-            sample_B=torch.from_numpy(row_B.astype(np.int64)),
-            levels=levels,
-            skipped=skipped,
-        )
+        return Batch(None, label_BK, weight_B, sample_B, levels, skipped)
 
     def _write_images(
-        self, reader: ShardReader, row_B: NDArray[np.int32], broken: dict[int, str], room_R: NDArray[np.uint8]
+        self, reader: ShardReader, row_B: list[int], broken: dict[int, str], room_R: NDArray[np.uint8]
     ) -> None:
         num_bytes = (len(room_R) - LEAD_BYTES) // self.size
-        for place, row in enumerate(row_B.tolist()):
+        for place, row in enumerate(row_B):
             # what lies before an image, the end of the one before it, is left as it is
             part_R = room_R[place * num_bytes : LEAD_BYTES + (place + 1) * num_bytes]
             try:
@@ -159,12 +177,10 @@ class Share(IterableDataset[Batch | SentBatch | Failure]):
                 broken[place] = self._skipped(error)
                 part_R[LEAD_BYTES:] = 0
 
-    def _levels(
-        self, reader: FeatureReader, row_B: NDArray[np.int32], broken: dict[int, str]
-    ) -> dict[int, torch.Tensor]:
+    def _levels(self, reader: FeatureReader, row_B: list[int], broken: dict[int, str]) -> dict[int, torch.Tensor]:
         kind, shapes = TYPES[reader.features.header.dtype], reader.features.levels.items()
         levels = {level: torch.zeros((len(row_B), *shape), dtype=kind) for level, shape in shapes}
-        for place, row in enumerate(row_B.tolist()):
+        for place, row in enumerate(row_B):
             try:
                 for level, stored in reader.read(row).items():
                     levels[level][place] = stored

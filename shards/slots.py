@@ -7,6 +7,7 @@ decoding process writes into a few slots of shared memory, made once. S slots, B
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from shards.types import Batch
 
 # A batch that the training process works on, and one that it makes ready.
 _IN_USE: Final = 2
+
+_OF_THIS_PROCESS: Final = ("_taken", "_rooms", "_images", "_free", "_given")
 
 _numbers = itertools.count()
 _open: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
@@ -77,9 +80,11 @@ class Slots:
         self._taken = self._taken_S.numpy()
         self._rooms: list[NDArray[np.uint8]] = [room_R.numpy() for room_R in self._memory_SR]
         self._images = [images_in(room_R, self._shape, self._dtype) for room_R in self._rooms]
+        self._free = [functools.partial(_free, self._taken, slot) for slot in range(len(self._rooms))]
+        self._given: list[weakref.ref[Pixels] | None] = [None] * len(self._rooms)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_taken", "_rooms", "_images")}
+        return {name: value for name, value in vars(self).items() if name not in _OF_THIS_PROCESS}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
@@ -102,7 +107,7 @@ class Slots:
         """The same as a tensor; with the last reference to it the slot is free."""
         pixels_B1HW = self._images[slot][:images]
         # the tensor's storage, which all its views share, holds this one array
-        weakref.finalize(pixels_B1HW, _free, self._taken, slot).atexit = False
+        self._given[slot] = weakref.ref(pixels_B1HW, self._free[slot])
         return torch.from_numpy(pixels_B1HW)
 
     def filled(self, slot: int, batch: Batch) -> Batch:
@@ -143,5 +148,5 @@ def _arrived(
     return _open[slots].filled(slot, Batch(None, label_BK, weight_B, sample_B, levels, skipped))
 
 
-def _free(taken_S: NDArray[np.uint8], slot: int) -> None:
+def _free(taken_S: NDArray[np.uint8], slot: int, _: object) -> None:
     taken_S[slot] = 0

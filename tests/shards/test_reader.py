@@ -107,15 +107,15 @@ def test_a_change_is_found_while_the_tar_is_open(manifest):
 
 
 def test_an_image_of_another_size_or_type_than_the_manifest_says_is_refused(manifest):
-    with ShardReader(manifest) as reader:
-        manifest.height_px += 1
-        with pytest.raises(UserError, match=r"row 2.* is 64 x 48 uint8 .*instead of 65 x 48") as caught:
-            reader.read(2)
-        assert caught.value.file == str(tar_of(manifest, 2))
-        manifest.height_px -= 1
-        manifest.dtype = "uint16"
-        with pytest.raises(UserError, match=r"uint8 .*instead of 64 x 48 uint16"):
-            reader.read(2)
+    manifest.height_px += 1
+    wrong = r"row 2.* is 64 x 48 uint8 .*instead of 65 x 48"
+    with ShardReader(manifest) as reader, pytest.raises(UserError, match=wrong) as caught:
+        reader.read(2)
+    assert caught.value.file == str(tar_of(manifest, 2))
+    manifest.height_px -= 1
+    manifest.dtype = "uint16"
+    with ShardReader(manifest) as reader, pytest.raises(UserError, match=r"uint8 .*instead of 64 x 48 uint16"):
+        reader.read(2)
 
 
 def test_what_cannot_be_read_at_all_is_named(manifest):
