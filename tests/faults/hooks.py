@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+import msmil.engine.predict
+import msmil.engine.runtime as runtime_module
 from msmil.engine.ddp import DdpEngine
 from msmil.engine.losses import BagLoss, LossParts
 from msmil.engine.runtime import Runtime
@@ -69,12 +73,26 @@ def stopped_while_the_engine_is_made(rank: int, folder: Path) -> None:
     stop_rank_1(Runtime, "prepare", rank, folder)
 
 
-def stop_rank_1(owner: type, name: str, rank: int, folder: Path) -> None:
-    """It stops where it would call this method for the first time."""
-    method = getattr(owner, name)
+def stopped_between_forwards_of_a_validation(rank: int, folder: Path) -> None:
+    """SIGSTOP of rank 1 in front of its second forward, in which rank 0 gathers the weights that they share."""
+    made = runtime_module.deepspeed_config
+
+    def dividing(*arguments: Any, **more: Any) -> dict[str, Any]:
+        config = made(*arguments, **more)
+        limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        config["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}  # a small network stays whole else
+        return config
+
+    runtime_module.deepspeed_config = dividing
+    stop_rank_1(msmil.engine.predict, "_forward_batch", rank, folder, call=2)
+
+
+def stop_rank_1(owner: type | ModuleType, name: str, rank: int, folder: Path, *, call: int = 1) -> None:
+    """It stops where it would call this method or function for the first time, or another."""
+    method, calls = getattr(owner, name), itertools.count(1)
 
     def stops(*arguments: Any, **more: Any) -> Any:
-        if rank == 1:
+        if rank == 1 and next(calls) == call:
             (folder / "stopped_at").write_text(name)
             os.kill(os.getpid(), signal.SIGSTOP)
         return method(*arguments, **more)

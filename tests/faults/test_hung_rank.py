@@ -106,7 +106,23 @@ def told(world: World, launcher: str, err: str) -> None:
 def test_a_rank_that_stops_before_the_first_step_is_named_too(
     launcher: Launcher, tmp_path: Path, packed: Path, engine: str, fault: str
 ) -> None:
-    config = write_tiny(tmp_path, packed, train={"timeout_s": TIMEOUT_S, "engine": engine, "zero_stage": 3})
+    assert named_by_the_other(launcher, tmp_path, packed, engine, fault) == "start"
+
+
+def test_a_rank_that_stops_while_weights_are_validated_together_is_named_too(
+    launcher: Launcher, tmp_path: Path, packed: Path
+) -> None:
+    fault = "stopped_between_forwards_of_a_validation"
+    place = named_by_the_other(launcher, tmp_path, packed, "deepspeed", fault, evaluate={"batch_size": 1})
+    assert place.endswith("validation")
+
+
+def named_by_the_other(
+    launcher: Launcher, tmp_path: Path, packed: Path, engine: str, fault: str, **sections: dict[str, int]
+) -> str:
+    """Rank 0 names rank 1, which has stopped, and ends; gives where rank 1 was."""
+    train = {"timeout_s": TIMEOUT_S, "engine": engine, "zero_stage": 3}
+    config = write_tiny(tmp_path, packed, train=train, **sections)
     started = launcher.start(config, fault=f"tests.faults.hooks:{fault}")
     stopped = started.folder / "stopped_at"
     wait_for(stopped.exists, deadline_s=60)
@@ -117,7 +133,7 @@ def test_a_rank_that_stops_before_the_first_step_is_named_too(
     assert launcher.wait(started) == [EXIT_HUNG, -signal.SIGKILL]
     said = (started.folder / "hung.txt").read_text()
     assert re.fullmatch(rf"rank 1 \(pid {started.pids[1]} on .+\) did not answer within \d+ s", said), said
-    assert started.place(1) == "start"
+    return started.place(1)
 
 
 def rank_of(pid: int) -> int:
