@@ -27,7 +27,7 @@ from shards.remote.coming import Coming, coming
 from shards.slots import SentBatch, Slots, images_in, room_bytes, slots_for
 from shards.types import Batch
 
-# The few numbers of so many batches are looked up at once: for each batch alone that takes as long as to read an image.
+# The few numbers of so many batches are looked up at once: a batch's alone take longer than reading an image's bytes.
 _AT_ONCE: Final = 64
 
 
