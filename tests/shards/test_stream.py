@@ -17,7 +17,7 @@ from shards.order import train_plan
 from shards.pack import pack
 from shards.reader import ShardReader
 from shards.recipes import AsIs
-from shards.share import Share
+from shards.share import _AT_ONCE, Share
 from shards.sources.grouped_table import read_grouped_table
 from shards.stream import evaluation_stream, train_stream
 from shards.types import SPLITS, Batch
@@ -159,6 +159,21 @@ def test_evaluation_gives_the_rows_in_order_each_once(manifest, workers):
     assert all((batch.weight_B == 1).all() for batch in batches)
     label_NK = manifest.label_NK(LABELS)
     assert np.concatenate([batch.label_BK for batch in batches]).tolist() == label_NK[rows].tolist()
+
+
+@with_processes
+@pytest.mark.parametrize(("batch_size", "left"), [(1, 0), (3, 2)])
+def test_more_batches_than_are_looked_up_at_once(manifest, workers, batch_size, left):
+    batches = 2 * max(workers, 1) * _AT_ONCE + 5
+    row_M = np.random.default_rng(0).integers(len(manifest), size=batches * batch_size + left)
+    got = list(evaluating(manifest, row_M, batch_size=batch_size, workers=workers))
+    assert [len(batch.sample_B) for batch in got] == [batch_size] * batches + [left] * (left > 0)
+    np.testing.assert_array_equal(torch.cat([batch.sample_B for batch in got]), row_M)
+    np.testing.assert_array_equal(torch.cat([batch.label_BK for batch in got]), manifest.label_NK(LABELS, row_M))
+    assert (torch.cat([batch.weight_B for batch in got]) == 1).all()
+    with ShardReader(manifest) as reader:
+        for row, image_1HW in zip(row_M, torch.cat([batch.image_B1HW for batch in got]), strict=True):
+            np.testing.assert_array_equal(image_1HW[0], reader.read(int(row)))
 
 
 @with_processes
