@@ -142,11 +142,15 @@ def open_worker(folder: Path) -> dict[str, Any]:
     """Open an epoch as a decoding process does, and make the indices of its steps."""
     with measured() as opening:
         share = pickle.loads((folder / "share").read_bytes())
-        share._batch(None, None, slice(0, share.size), None)
+        batches = share._numbers(worker_batches(share.num_batches, 0, 8, 3))
+        share._batch(None, None, next(batches), None)
     times = []
-    for g in worker_batches(share.num_batches, 0, 8, 3):
+    while True:
         start_s = time.process_time()
-        share._batch(None, None, slice(g * share.size, (g + 1) * share.size), None)
+        numbers = next(batches, None)
+        if numbers is None:
+            break
+        share._batch(None, None, numbers, None)
         times.append(time.process_time() - start_s)
     return {"opening": vars(opening), "step_ms": median(times) * 1e3, "slowest_ms": max(times) * 1e3}
 
