@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from tests.experiments import save_blank
 # how long an example takes says how busy the machine is
 settings.register_profile("msmil", deadline=None)
 settings.load_profile("msmil")
+
+# tests that a script has started in the background ignore Ctrl-C, and so would the commands that they end by it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _ROOT = Path(__file__).resolve().parent.parent
 

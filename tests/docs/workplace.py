@@ -181,8 +181,6 @@ def watched(line: str) -> None:
     """Until it serves; then it is ended as Ctrl-C ends it."""
     words = [sys.executable, "-m", "launch.cli", *shlex.split(line)[1:]]
     said = Path("watch.txt")
-    # tests that a script started in the background ignore Ctrl-C, and so would what they start
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with said.open("w") as file, subprocess.Popen(words, env=environment(), stdout=file) as process:
         try:
 
