@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,22 +114,30 @@ def test_a_rank_that_stops_while_weights_are_validated_together_is_named_too(
     launcher: Launcher, tmp_path: Path, packed: Path
 ) -> None:
     fault = "stopped_between_forwards_of_a_validation"
-    place = named_by_the_other(launcher, tmp_path, packed, "deepspeed", fault, evaluate={"batch_size": 1})
+    more = {"evaluate": {"batch_size": 1}}
+    place = named_by_the_other(launcher, tmp_path, packed, "deepspeed", fault, timeout_s=SLOW_START_S, **more)
     assert place.endswith("validation")
 
 
 def named_by_the_other(
-    launcher: Launcher, tmp_path: Path, packed: Path, engine: str, fault: str, **sections: dict[str, int]
+    launcher: Launcher,
+    tmp_path: Path,
+    packed: Path,
+    engine: str,
+    fault: str,
+    *,
+    timeout_s: int = TIMEOUT_S,
+    **sections: Any,
 ) -> str:
     """Rank 0 names rank 1, which has stopped, and ends; gives where rank 1 was."""
-    train = {"timeout_s": TIMEOUT_S, "engine": engine, "zero_stage": 3}
+    train = {"timeout_s": timeout_s, "engine": engine, "zero_stage": 3}
     config = write_tiny(tmp_path, packed, train=train, **sections)
     started = launcher.start(config, fault=f"tests.faults.hooks:{fault}")
     stopped = started.folder / "stopped_at"
-    wait_for(stopped.exists, deadline_s=60)
+    wait_for(stopped.exists, deadline_s=120)
     start_s = time.monotonic()
-    wait_for(lambda: not alive(started.pids[0]), deadline_s=4 * TIMEOUT_S)
-    assert time.monotonic() - start_s > TIMEOUT_S / 2
+    wait_for(lambda: not alive(started.pids[0]), deadline_s=4 * timeout_s)
+    assert time.monotonic() - start_s > timeout_s / 2
     started.send(signal.SIGKILL, 1)
     assert launcher.wait(started) == [EXIT_HUNG, -signal.SIGKILL]
     said = (started.folder / "hung.txt").read_text()
