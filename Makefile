@@ -1,5 +1,6 @@
-# make demo: the main job on data it makes itself;  make test: lint, types, the fast tests and the
-# main job's, in ten minutes on two cores;  make test-long: the tests that take longer;  make docs: the documentation, in site/. All make the venv they need.
+# make demo: the main job on data it makes itself;  make test: lint, types, the fast tests and the main job's, in ten
+# minutes on two cores;  make test-long: the tests that take longer;  make docs: the documentation, in site/. All make
+# the venv they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
