@@ -28,7 +28,8 @@ from typing import Any
 _PRELOAD = ("launch.train", "launch.evaluate", "launch.extract", "msmil.engine.train", "msmil.engine.evaluate",
             "msmil.engine.extract", "deepspeed", "torch.utils.tensorboard", "matplotlib.pyplot",
             "launch.cli", "accelerate.commands.launch", "torch.distributed.run", "torch._dynamo", "pandas",
-            "pyarrow.pandas_compat", "PIL.PngImagePlugin")  # fmt: skip
+            "pyarrow.pandas_compat", "PIL.PngImagePlugin",
+            "deepspeed.runtime.zero.muon.original_muon", "transformers.integrations")  # fmt: skip
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's jemalloc
 _ROOT = Path(__file__).parents[1]
 _KILL_AFTER_S = 15.0

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -223,7 +222,3 @@ def _with_threshold(config: dict[str, Any], threshold: int | None) -> dict[str, 
         config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
         config["zero_optimization"]["stage3_prefetch_bucket_size"] = 300
     return config
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -97,7 +97,7 @@ class Runs:
         """Train legs one after another in one world."""
         file = self.folder / f"legs_{ranks}.json"
         file.write_text(json.dumps(legs))
-        world("tests.distributed.legs", [str(file)], ranks=ranks, deadline_s=DEADLINE_S)
+        world("tests.distributed.rank", [str(file)], ranks=ranks, deadline_s=DEADLINE_S)
 
     def told(self, name: str) -> Told:
         """What a leg wrote."""

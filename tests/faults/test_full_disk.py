@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import pytest
 from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest
 from tests.experiments import write_tiny
-from tests.worlds import ROOT, environment, wait_for
+from tests.faults.launcher import Launcher
+from tests.worlds import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -40,23 +41,23 @@ def fill(file: Path) -> None:
             ballast.write(chunk)
 
 
-def test_all_ranks_stop_with_one_error_and_the_run_resumes(small_disk: Path, packed: Path) -> None:
+def test_all_ranks_stop_with_one_error_and_the_run_resumes(
+    launcher: Launcher, small_disk: Path, packed: Path
+) -> None:
     sections = {"train": {"epochs": 300}, "checkpoint": {"every_steps": 1, "keep_last": 1}}
     config = write_tiny(small_disk, packed, **sections)
-    command = [sys.executable, "-m", "launch.cli", "train", str(config), "--ranks", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     checkpoints = small_disk / "runs" / "tiny" / "checkpoints"
+    started = launcher.start(config)
     wait_for(lambda: newest(checkpoints) is not None, deadline_s=60)
     fill(small_disk / "ballast")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2, err
-    errors = [line for line in err.splitlines() if line.startswith("msmil: error:")]
-    assert len(errors) == 1, err
-    assert "free space" in errors[0]
-    assert "Traceback" not in err
+    assert launcher.wait(started, deadline_s=60) == [2, 2]
+    assert len(set(started.failures)) == 1, started.failures
+    assert "free space" in started.failures[0]
+    assert not any("Traceback" in started.said(rank) for rank in range(2))
+
     before = load_checkpoint(newest(checkpoints) or Path()).state.step
     (small_disk / "ballast").unlink()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    started = launcher.start(config)
     wait_for(lambda: int((newest(checkpoints) or Path("step_0")).name[5:]) > before, deadline_s=60)
-    process.terminate()
-    process.communicate(timeout=60)
+    started.send(signal.SIGTERM)
+    assert launcher.wait(started, deadline_s=60) == [128 + signal.SIGTERM] * 2
