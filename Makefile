@@ -7,8 +7,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # in the order of the folders: the files with few, long tests come first, so that no core waits at the end
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# order, worlds, resume, faults, what is saved and exported, streams from elsewhere, launchers, its benchmarks
+ENGINE := $(addprefix tests/,distributed faults cluster benchmarks shards/remote msmil/engine/bench \
+    $(addprefix shards/test_,balance.py codecs.py exams.py plan.py reader.py slots.py stream.py subset.py workers.py) \
+    $(addprefix msmil/engine/test_,bf16.py checkpoint.py compiled.py elsewhere.py export.py runtime.py saving.py watchdog.py) \
+    $(addprefix launch/test_,bench_command.py bench_scaling.py doctor_collectives.py export_command.py train_elsewhere.py))
 
-.PHONY: demo test test-fast test-long test-all lint types docs figures install clean
+.PHONY: demo test test-fast test-long test-engine test-all lint types docs figures install clean
 
 demo: install
 	$(BIN)/msmil demo
@@ -26,6 +31,10 @@ test-fast: install
 # every engine in every world, faults by the dozen, a cluster, what is exported, browsers, every command of the pages
 test-long: install
 	$(BIN)/python -m pytest $(PARALLEL) -m long --durations=10
+
+# of both kinds, the fast and the long, what concerns the engine: under ten minutes on two cores
+test-engine: install
+	$(BIN)/python -m pytest $(PARALLEL) $(ENGINE) --durations=10
 
 test-all: test test-long
 
