@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.forwarding import TORCH_TAKES, Asked, forwarding, meet
 from launch.terminal import print_error
 from shards.errors import UserError
 
@@ -25,7 +26,6 @@ _FAILURE_FILE = "MSMIL_FAILURE_FILE"
 _FAILURE_NAME = "failure.txt"
 _STOPPED = "stopped.txt"
 _HUNG = "hung.txt"
-_PID = ".pid"
 _PEER_IS_GONE = (
     "closed by peer", "reset by peer", "broken pipe", "connection was closed", "remote process exited",
     "timed out waiting",
@@ -65,16 +65,18 @@ def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision:
         layout = folder / "layout.yaml"
         layout.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n", encoding="utf-8")
         options += ["--config_file", str(layout)]
+        args = launch_command_parser().parse_args([*options, "--module", module, *arguments])
+        vars(args).update(TORCH_TAKES)  # accelerate hands on to torchrun what that one knows
         try:
-            with _forwarding(folder):
-                launch_command(launch_command_parser().parse_args([*options, "--module", module, *arguments]))
+            with forwarding(folder) as asked:
+                launch_command(args)
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
-            return _explain(folder, log, f"rank {rank} (pid {first.pid})", first.exitcode)
+            return _explain(folder, log, f"rank {rank} (pid {first.pid})", first.exitcode, asked)
         except subprocess.CalledProcessError as error:  # a single rank runs under accelerate's simple launcher
-            return _explain(folder, log, "the only rank", error.returncode)
+            return _explain(folder, log, "the only rank", error.returncode, asked)
         except SignalException as error:
-            return _explain(folder, log, "the launcher", -int(error.sigval))
+            return _explain(folder, log, "the launcher", -int(error.sigval), asked)
     return 0
 
 
@@ -89,9 +91,10 @@ def rank_program(body: Callable[[], None]) -> int:
 
     file = os.environ.get(_FAILURE_FILE)
     if file is not None:
-        (Path(file).parent / f"{os.getpid()}{_PID}").touch()
         watchdog.on_hang = _hand_over
     try:
+        if file is not None:
+            meet(Path(file).parent)
         body()
     except Stopped as stopped:
         # all is saved: a launcher that now ends those that are still ending (srun --kill-on-bad-exit) changes no code
@@ -126,30 +129,6 @@ def _hand_over(text: str, _: Path | None) -> None:
     Path(os.environ[_FAILURE_FILE]).with_name(_HUNG).write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _forwarding(folder: Path) -> Iterator[None]:
-    """Hand signals on to the ranks, which live in sessions of their own.
-
-    With several ranks the launcher takes SIGTERM over, and Ctrl-C: it sends SIGTERM on, and kills half a minute later.
-    A second Ctrl-C kills the ranks at once.
-    """
-
-    from msmil.engine.preemption import second_interrupt
-
-    def forward(signum: int, _: object = None) -> None:
-        for file in folder.glob(f"*{_PID}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(file.name.removesuffix(_PID)), signum)
-
-    before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
-    try:
-        with second_interrupt(lambda: forward(signal.SIGKILL)):
-            yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def _threads(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
@@ -178,7 +157,7 @@ def _environment(module: str, arguments: Sequence[str]) -> Iterator[Path]:
             os.environ.update(before)
 
 
-def _explain(folder: Path, log: Path, who: str, code: int) -> int:
+def _explain(folder: Path, log: Path, who: str, code: int, asked: Asked) -> int:
     """Print why it ended, add it to the log, and return the exit code."""
     failure, stopped, hung = folder / _FAILURE_NAME, folder / _STOPPED, folder / _HUNG
     if failure.exists():
@@ -189,10 +168,12 @@ def _explain(folder: Path, log: Path, who: str, code: int) -> int:
         text, code = f"msmil: {hung.read_text(encoding='utf-8')}; {_AGAIN}", EXIT_HUNG
         print(text, file=sys.stderr)
     elif stopped.exists():
-        signum, _, words = stopped.read_text(encoding="utf-8").strip().partition(" ")
-        text = f"msmil: {words}; {_AGAIN}"
+        number, _, words = stopped.read_text(encoding="utf-8").strip().partition(" ")
+        text, code = f"msmil: {words}; {_AGAIN}", 128 + int(number)
         print(text, file=sys.stderr)
-        code = 128 + (-code if code < 0 else int(signum))  # Ctrl-C reaches the ranks as the launcher's SIGTERM
+    elif signum := asked.ended(code):
+        text, code = f"msmil: ended at once by {signal.Signals(signum).name}; {_AGAIN}", 128 + signum
+        print(text, file=sys.stderr)
     elif code < 0:
         text = f"msmil: {who} was killed by {signal.Signals(-code).name}; {_AGAIN}"
         print(text, file=sys.stderr)

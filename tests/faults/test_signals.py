@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,11 @@ from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import newest
 from msmil.engine.preemption import Stopped, StopRequest
 from tests.experiments import write_tiny
-from tests.faults.launcher import Launcher, poll
+from tests.faults.launcher import Launcher, Started, poll
 from tests.faults.places import step_of
 from tests.worlds import alive, children_running, wait_for
 
+TORCHS_PATIENCE_S = 30
 LONG = {"train": {"epochs": 5000}, "evaluate": {"every_epochs": 5000}, "checkpoint": {"keep_last": 1}}
 
 
@@ -95,22 +97,24 @@ def test_a_second_ctrl_c_ends_ranks_that_hang(launcher: Launcher, tmp_path: Path
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
-    """SIGUSR1; then Ctrl-C while the ranks do not answer, and once more."""
+def test_msmil_train_gives_ranks_their_time_and_a_second_ctrl_c_takes_it(
+    launcher: Launcher, tmp_path: Path, packed: Path
+) -> None:
+    """Both while the ranks do not answer. torch, which starts them, would kill them 30 s after SIGTERM."""
     arguments = ["train", write_tiny(tmp_path, packed, name="job", **LONG), "--ranks", "2"]
-    log = tmp_path / "runs" / "job" / "log.txt"
-    started = launcher.start(*arguments, program="msmil")
-    wait_for(lambda: log.exists() and log.read_text().count("loss") > 1, deadline_s=200)
-    assert len(children_running("launch.train", started.pids[0])) == 2
-    started.send(signal.SIGUSR1)
-    assert launcher.wait(started) == [128 + signal.SIGUSR1]
-    assert "msmil: stopped by SIGUSR1 behind step" in started.said()
+    started, ranks = training(launcher, arguments, tmp_path)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    started.send(signal.SIGTERM)
+    time.sleep(TORCHS_PATIENCE_S + 3)
+    assert all(alive(pid) for pid in [*ranks, *started.pids])
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    assert launcher.wait(started) == [128 + signal.SIGTERM]
+    assert "msmil: stopped by SIGTERM behind step" in started.said()
     assert "Traceback" not in started.said()
 
-    lines = log.read_text().count("loss")
-    started = launcher.start(*arguments, program="msmil")
-    wait_for(lambda: log.read_text().count("loss") > lines + 1, deadline_s=200)
-    ranks = children_running("launch.train", started.pids[0])
+    started, ranks = training(launcher, arguments, tmp_path)
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
     started.send(signal.SIGINT)
@@ -119,4 +123,29 @@ def test_msmil_train_hands_signals_on(launcher: Launcher, tmp_path: Path, packed
     started.send(signal.SIGINT)
     assert launcher.wait(started, deadline_s=60) == [130]
     assert not any(alive(pid) for pid in ranks)
+    assert "msmil: ended at once by SIGINT" in started.said()
     assert "Traceback" not in started.said()
+
+
+@pytest.mark.long
+def test_ctrl_c_of_a_terminal_stops_a_single_rank_once(launcher: Launcher, tmp_path: Path, packed: Path) -> None:
+    """A terminal tells all processes of its group; the rank saves, and `msmil train` waits for it."""
+    arguments = ["train", write_tiny(tmp_path, packed, name="job", **LONG), "--ranks", "1"]
+    started, ranks = training(launcher, arguments, tmp_path)
+    os.killpg(started.pids[0], signal.SIGINT)
+    assert launcher.wait(started) == [130]
+    assert not any(alive(pid) for pid in ranks)
+    assert "msmil: stopped by SIGINT behind step" in started.said()
+    assert "Traceback" not in started.said()
+    assert newest(tmp_path / "runs" / "job" / "checkpoints") is not None
+
+
+def training(launcher: Launcher, arguments: list[Any], folder: Path) -> tuple[Started, list[int]]:
+    """`msmil train`, as soon as its ranks have trained some steps; and their pids."""
+    log = folder / "runs" / "job" / "log.txt"
+    before = log.read_text().count("loss") if log.exists() else 0
+    started = launcher.start(*arguments, program="msmil")
+    wait_for(lambda: log.exists() and log.read_text().count("loss") > before + 1, deadline_s=200)
+    ranks = children_running("launch.train", started.pids[0])
+    assert len(ranks) == int(arguments[-1])
+    return started, ranks
