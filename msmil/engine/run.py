@@ -67,7 +67,7 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     runtime.barrier()  # nobody writes before all have checked
 
     def make_folder() -> None:
-        folder.open(config, world=runtime.world, device=runtime.device_name)
+        folder.open(world=runtime.world, device=runtime.device_name)
         folder.describe(describe_data(pipeline.manifest, pipeline.labels))
 
     runtime.on_main(make_folder)
@@ -82,6 +82,9 @@ def open_run(config: Config, runtime: Runtime) -> Run:
         log.info("what torch.compile had kept for this run is thrown away: a process was killed that used it")
     schedule = make_schedule(pipeline)
     checkpoint = newest_checkpoint(folder, runtime)
+    goes_on = checkpoint is None or checkpoint.state.epoch < config.train.epochs
+    if goes_on:  # else the folder would state options that nothing was trained with
+        runtime.on_main(lambda: folder.write_config(config))
     network = make_network(pipeline, pretrained=checkpoint is None)
     ema = build_ema(network, config.train.ema_decay)
     saver = Saver(every_minutes=config.checkpoint.every_minutes)
@@ -93,8 +96,9 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     run.pipeline = with_encoder_of(pipeline, network)
     if runtime.is_main:
         run.tracker = Tracker(folder.tensorboard, start_step=run.state.step, total_steps=schedule.total_steps)
-        run.tracker.text("configuration", dump_config(config))
-        run.tracker.add(start_of_run(run), 0)
+        if goes_on:
+            run.tracker.text("configuration", dump_config(config))
+            run.tracker.add(start_of_run(run), 0)
         if config.tracking.images and not has_maps(network):
             log.info("this model has no maps: TensorBoard shows no images (tracking.images)")
         run.tracker.open_progress(quiet=runtime.quiet)

@@ -22,7 +22,6 @@ from msmil.config_io import config_to_dict, dump_config, flatten, load_config
 from msmil.engine.checkpoint_state import checkpoints, cut_off, newest, none_is_whole
 from msmil.evaluation.predictions import write_atomically
 from shards.errors import UserError
-from shards.files import atomic_file
 from shards.types import Split
 
 _LOCK_WAIT_S = 1.0  # `msmil runs` looks at a lock for an instant
@@ -85,8 +84,8 @@ class RunFolder:
             fix = "choose another name for the new run, or give the values of the old one to go on with it"
             raise UserError(f"holds a run of another configuration: {'; '.join(differing)}", file=self.root, fix=fix)
 
-    def open(self, config: Config, *, world: int, device: str) -> None:
-        """Make and lock the folder; write config.yaml and environment.txt (one entry per start).
+    def open(self, *, world: int, device: str) -> None:
+        """Make and lock the folder; add what is started to environment.txt.
 
         Raises:
             UserError: it cannot be written, or another process trains into it.
@@ -94,13 +93,18 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock()
-            with atomic_file(self.config) as file:
-                file.write(dump_config(config).encode("utf-8"))
             with self.environment.open("a", encoding="utf-8") as text:
                 text.write(describe_environment(world, device))
         except OSError as error:
             fix = "free space or choose another output_dir"
             raise UserError(f"the run folder cannot be written ({error})", file=self.root, fix=fix) from None
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml: what the run is trained with from now on.
+
+        Raises UserError where it cannot be written.
+        """
+        write_atomically(self.config, dump_config(config).encode("utf-8"))
 
     def describe(self, data: Mapping[str, Any]) -> None:
         """Write data.json: what the run is trained on (`describe_data`).

@@ -241,11 +241,11 @@ def test_looking_at_a_lock_does_not_disturb_a_training_that_starts(tmp_path: Pat
     looker.start()
     held.wait()
     training = RunFolder(folder)
-    training.open(Config(), world=1, device="CPU")
+    training.open(world=1, device="CPU")
     looker.join()
     assert RunFolder(folder).in_training()
     with pytest.raises(UserError, match="another process trains"):
-        RunFolder(folder).open(Config(), world=1, device="CPU")
+        RunFolder(folder).open(world=1, device="CPU")
     training.close()
     assert not RunFolder(folder).in_training()
 

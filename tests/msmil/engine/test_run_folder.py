@@ -18,7 +18,8 @@ from shards.errors import UserError
 def trained(root: Path, config: Config) -> RunFolder:
     """A folder with a checkpoint of this configuration."""
     folder = RunFolder(root)
-    folder.open(config, world=2, device="CPU")
+    folder.open(world=2, device="CPU")
+    folder.write_config(config)
     state = TrainState(
         step=1, epoch=1, batches_done=0, samples_seen=8, best_metric=None, best_step=None, data_fingerprint=""
     )
@@ -35,11 +36,14 @@ def trained(root: Path, config: Config) -> RunFolder:
     return folder
 
 
-def test_opening_writes_configuration_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_holds_the_configuration_and_the_environment_of_each_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder(tmp_path / "runs" / "a")
     monkeypatch.setenv("MSMIL_COMMAND", "msmil train a.yaml")
     for _ in range(2):
-        folder.open(Config(name="a"), world=2, device="CPU")
+        folder.open(world=2, device="CPU")
+        folder.write_config(Config(name="a"))
         folder.close()
     assert load_config(folder.config) == Config(name="a")
     text = folder.environment.read_text()
@@ -100,17 +104,18 @@ def test_where_no_checkpoint_is_whole_nothing_begins_again(tmp_path: Path) -> No
 
 def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.open(Config(), world=1, device="CPU")
+    folder.open(world=1, device="CPU")
+    folder.write_config(Config())
     folder.check(config_from_dict({"optim": {"lr": 0.5}}))
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     first = RunFolder(tmp_path)
-    first.open(Config(), world=1, device="CPU")
+    first.open(world=1, device="CPU")
     with pytest.raises(UserError, match="another process trains"):
-        RunFolder(tmp_path).open(Config(), world=1, device="CPU")
+        RunFolder(tmp_path).open(world=1, device="CPU")
     first.close()
-    RunFolder(tmp_path).open(Config(), world=1, device="CPU")
+    RunFolder(tmp_path).open(world=1, device="CPU")
 
 
 def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -288,6 +288,6 @@ def test_a_label_without_positives_is_trained_with_weight_1_and_a_warning(tmp_pa
 def test_evaluating_without_that_checkpoint_is_refused(tmp_path: Path, packed: Path, name: str) -> None:
     config = load_config(write_tiny(tmp_path, packed))
     folder = RunFolder(tmp_path / "runs" / "tiny")
-    folder.open(config, world=1, device="CPU")
+    folder.open(world=1, device="CPU")
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate(config, folder, Runtime(config.train), split="test", checkpoint=name)
