@@ -63,8 +63,8 @@ class RunFolder:
         """Refuse a folder that cannot be written, or that holds a run of another configuration.
 
         Raises:
-            UserError: with both values of each key that differs from the newest checkpoint's; none of several
-                checkpoints is whole.
+            UserError: with both values of each key that differs from the newest checkpoint's (or, where steps were
+                recorded but none was saved, from config.yaml's); none of several checkpoints is whole.
         """
         nearest = nearest_folder(self.root)
         if not os.access(nearest, os.W_OK | os.X_OK):
@@ -73,8 +73,11 @@ class RunFolder:
         if trained is None:
             if found := checkpoints(self.checkpoints):
                 raise none_is_whole(self.checkpoints, f"{found[-1].name}: {cut_off(found[-1])}")
-            return  # a start that failed before its first checkpoint binds nobody
-        before, now = (flatten(config_to_dict(c)) for c in (load_config(trained / "config.yaml"), config))
+            if not (self.config.exists() and _has_steps(self.tensorboard)):
+                return  # a start that failed before it trained binds nobody
+        before, now = (
+            flatten(config_to_dict(c)) for c in (load_config((trained or self.root) / "config.yaml"), config)
+        )
         differing = [
             f"{key} is {before.get(key)!r} there and {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
@@ -82,6 +85,9 @@ class RunFolder:
         ]
         if differing:
             fix = "choose another name for the new run, or give the values of the old one to go on with it"
+            if trained is None:
+                fix = "choose another name for the new run"
+                fix += "" if self.in_training() else ", or remove this folder: it has no checkpoint to go on from"
             raise UserError(f"holds a run of another configuration: {'; '.join(differing)}", file=self.root, fix=fix)
 
     def open(self, *, world: int, device: str) -> None:
@@ -157,6 +163,17 @@ def _flock(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _has_steps(tensorboard: Path) -> bool:
+    """Whether TensorBoard shows a step that was trained. A start writes its configuration at step 0 before any."""
+    files = list(tensorboard.glob("*tfevents*"))
+    if not files:
+        return False
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # a second
+
+    events = (event for file in files for event in EventFileLoader(str(file)).Load())
+    return any(event.step > 0 and event.HasField("summary") for event in events)
 
 
 def read_results(folder: RunFolder, split: Split) -> dict[str, Any]:

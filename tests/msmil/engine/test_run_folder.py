@@ -11,6 +11,7 @@ from msmil.config import Config
 from msmil.config_io import config_from_dict, dump_config, load_config
 from msmil.engine.checkpoint import Snapshot, save_checkpoint
 from msmil.engine.run_folder import RunFolder, describe_environment
+from msmil.engine.tracking import Tracker
 from msmil.types import TrainState
 from shards.errors import UserError
 
@@ -102,11 +103,39 @@ def test_where_no_checkpoint_is_whole_nothing_begins_again(tmp_path: Path) -> No
         folder.check(Config())
 
 
-def test_a_start_that_failed_before_its_first_checkpoint_binds_nobody(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+def started(root: Path, config: Config) -> tuple[RunFolder, Tracker]:
+    """A folder whose run has begun, and has trained nothing yet."""
+    folder = RunFolder(root)
     folder.open(world=1, device="CPU")
-    folder.write_config(Config())
-    folder.check(config_from_dict({"optim": {"lr": 0.5}}))
+    folder.write_config(config)
+    tracker = Tracker(folder.tensorboard, start_step=0, total_steps=9)
+    tracker.text("configuration", dump_config(config))
+    return folder, tracker
+
+
+OTHER = {"optim": {"beta1": 0.5}}
+
+
+def test_a_start_that_failed_before_it_trained_binds_nobody(tmp_path: Path) -> None:
+    folder, tracker = started(tmp_path, Config())
+    tracker.close()
+    folder.check(config_from_dict(OTHER))
+
+
+def test_steps_that_are_recorded_bind_before_the_first_checkpoint_too(tmp_path: Path) -> None:
+    """The log and TensorBoard would show both configurations as one run."""
+    folder, tracker = started(tmp_path, Config())
+    tracker.scalars({"train/loss/total": 1.0}, 1)
+    tracker.close()
+    with pytest.raises(UserError, match=r"another configuration: optim\.beta1 is 0\.9 there and 0\.5 now") as error:
+        folder.check(config_from_dict(OTHER))
+    assert error.value.file == str(tmp_path)
+    assert "choose another name" in error.value.fix
+    assert "remove" not in error.value.fix, "it is in training"
+    folder.close()
+    with pytest.raises(UserError, match="or remove this folder"):
+        folder.check(config_from_dict(OTHER))
+    folder.check(config_from_dict({"optim": {"lr": 0.5}, "data": {"workers": 7}}))
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
