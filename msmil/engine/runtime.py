@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from msmil.config import TrainConfig
 from msmil.engine.bf16 import compute_bf16, cpu_has_bf16
-from msmil.engine.environment import refuse_environment, task_variables
+from msmil.engine.environment import refuse_environment, require_engine, task_variables
 from msmil.engine.watchdog import END_GRACE_S, Watchdog, connect_to_launcher, end
 from shards.errors import UserError
 from shards.host_memory import keep_freed_memory
@@ -189,7 +189,7 @@ def _with_ddp(config: TrainConfig, use_gpu: bool) -> Accelerator:
 
 def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
     """Precision is in DeepSpeed's own configuration; clipping is added when an optimizer is prepared."""
-    _require_deepspeed()
+    require_engine(config)
     # DeepSpeed calls collectives by names that torch is about to change
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     backend = "nccl"
@@ -208,6 +208,7 @@ def _with_deepspeed(config: TrainConfig, use_gpu: bool) -> Accelerator:
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what an accelerate file says agrees, or was refused
     parts = int(os.environ["WORLD_SIZE"]) * config.accumulation
     return Accelerator(
         mixed_precision="no",
@@ -254,14 +255,7 @@ def _build_no_operators() -> None:
     """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__ = {}
-
-
-def _require_deepspeed() -> None:
-    for package in ("deepspeed", "transformers"):  # accelerate asks for the version of transformers, whoever trains
-        if importlib.util.find_spec(package) is None:
-            fix = "pip install 'msmil[deepspeed]', or set train.engine: ddp"
-            raise UserError(f"train.engine is deepspeed, but {package} is not installed", fix=fix)
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)  # releases up to 0.19.0 look it up without `get`
 
 
 def _free_port() -> int:
