@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shlex
@@ -43,17 +44,36 @@ def default_ranks() -> int:
     return environment.default_ranks(torch.cuda.device_count())
 
 
+def refuse_ranks(ranks: int) -> None:
+    """Refuse more ranks than there are GPUs, where they run on GPUs.
+
+    Raises:
+        UserError: two ranks would share one, which NCCL does not do.
+    """
+    import torch
+
+    from msmil.engine.runtime import gpu_in_use
+
+    if gpu_in_use() and ranks > (gpus := torch.cuda.device_count()):
+        fix = f"ask for --ranks {gpus}, or leave it out"
+        raise UserError(f"there are {gpus} GPUs for {ranks} ranks, and each needs one of its own", fix=fix)
+
+
 def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision: str, log: Path) -> int:
     """Run `python -m module arguments` in `ranks` processes of this machine and wait for them.
 
     Returns:
         0, or the exit code of the rank that failed first: 2 for a mistake of the user. The reason is printed and,
         where there is a log, is its last line.
+
+    Raises:
+        UserError: more ranks than GPUs.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    refuse_ranks(ranks)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is said below, once
     options = ["--num_processes", str(ranks), "--num_machines", "1", "--main_process_port", "0"]
     options += ["--mixed_precision", {"fp32": "no"}.get(precision, precision), "--dynamo_backend", "no"]
@@ -115,13 +135,50 @@ def rank_program(body: Callable[[], None]) -> int:
     except KeyboardInterrupt:  # Ctrl-C, handed on by the launcher, which says it
         return EXIT_INTERRUPTED
     except RuntimeError as error:
-        if not any(text in str(error).lower() for text in _PEER_IS_GONE):
+        if not _lost_a_peer(error):
             raise
         # another rank has the reason; the launcher hears of it within this time and ends this one too
         time.sleep(_PEER_WAIT_S)
         print("msmil: this rank lost another one", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+@contextmanager
+def cause_in(log: Path) -> Iterator[None]:
+    """Where another launcher started this rank, the reason why what is in here ends becomes the last line of the log.
+
+    Once for all ranks that have the same. start_ranks sees to it itself.
+    """
+    from msmil.engine.preemption import Stopped
+
+    try:
+        yield
+    except Exception as error:
+        rank = os.environ.get("RANK", "0")
+        if isinstance(error, UserError):
+            _tell(log, f"msmil: error: {error}")
+        elif isinstance(error, Stopped):
+            _tell(log, f"msmil: {error}; {_AGAIN}")
+        elif not _lost_a_peer(error):
+            first = next(iter(str(error).splitlines()), "")
+            _tell(log, f"msmil: rank {rank} (pid {os.getpid()}) ended by {type(error).__name__}: {first}")
+        raise
+
+
+def _tell(log: Path, line: str) -> None:
+    """Add a line to the log of a run, unless it is the last one already."""
+    if os.environ.get(_FAILURE_FILE) is not None or not log.exists():
+        return
+    with contextlib.suppress(OSError), log.open("r+", encoding="utf-8") as file:  # the disk may be the reason
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if file.read().splitlines()[-1:] != [line]:
+            file.write(line + "\n")
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether another rank has ended first, and has the reason."""
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _PEER_IS_GONE)
 
 
 def _hand_over(text: str, _: Path | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from launch.arguments import add_overrides, add_quiet, add_ranks
 from launch.commands import Commands
-from launch.ranks import default_ranks, rank_program, start_ranks
+from launch.ranks import cause_in, default_ranks, rank_program, start_ranks
 from msmil.config_io import load_config, reference
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def start(file: str, overrides: Sequence[str], *, ranks: int | None, quiet: bool
 
     check_experiment(config, ranks)
     arguments = [file, *overrides, *["--quiet"] * quiet]
-    log = Path(config.output_dir) / config.name / "log.txt"
-    return start_ranks("launch.train", arguments, ranks=ranks, precision=config.train.precision, log=log)
+    return start_ranks("launch.train", arguments, ranks=ranks, precision=config.train.precision, log=_log_of(config))
 
 
 def main(config: Config, *, quiet: bool = False) -> None:
@@ -62,7 +61,8 @@ def main(config: Config, *, quiet: bool = False) -> None:
 
     runtime = Runtime(config.train, quiet=quiet)
     check_experiment(config, runtime.world)
-    train(config, runtime)
+    with cause_in(_log_of(config)):
+        train(config, runtime)
     runtime.close()
 
 
@@ -72,6 +72,10 @@ def rank_main(argv: Sequence[str] | None = None) -> int:
     _add_arguments(parser)
     args = parser.parse_args(argv)
     return rank_program(lambda: main(load_config(args.config, args.overrides), quiet=args.quiet))
+
+
+def _log_of(config: Config) -> Path:
+    return Path(config.output_dir) / config.name / "log.txt"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

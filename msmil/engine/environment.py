@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -20,10 +21,15 @@ _OTHER_ENGINES: Final = {
     "ACCELERATE_USE_MEGATRON_LM": "megatron_lm",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
 }
+_CLIPPING: Final = "ACCELERATE_GRADIENT_CLIPPING"
 
 
-def refuse_environment(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> None:
+def refuse_environment(
+    config: TrainConfig, environment: Mapping[str, str] = os.environ, *, clip_grad_norm: float | None = None
+) -> None:
     """Refuse variables through which an accelerate config file would make the recorded configuration untrue.
+
+    Clipping is compared where optim.clip_grad_norm is given. `no` says nothing: accelerate sets it where nobody chose.
 
     Raises:
         UserError: a variable contradicts the configuration; both values are named.
@@ -45,6 +51,37 @@ def refuse_environment(config: TrainConfig, environment: Mapping[str, str] = os.
         refuse(steps, "train.accumulation", config.accumulation)
     if "ACCELERATE_DYNAMO_BACKEND" in said:
         refuse("ACCELERATE_DYNAMO_BACKEND", "train.compile", config.compile)
+    if clip_grad_norm is not None and _CLIPPING in said and float(said[_CLIPPING]) != clip_grad_norm:
+        refuse(_CLIPPING, "optim.clip_grad_norm", clip_grad_norm)
+    if config.engine == "deepspeed":
+        for variable, (key, value) in _of_deepspeed(config).items():
+            if variable in said and said[variable] != value:
+                refuse(variable, key, getattr(config, key.rpartition(".")[2]))
+
+
+def _of_deepspeed(config: TrainConfig) -> dict[str, tuple[str, str | None]]:
+    """What an accelerate file with a section on DeepSpeed may say: for each variable a key and its value there."""
+    offload = "cpu" if config.offload_optimizer else None
+    return {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("train.zero_stage", str(config.zero_stage)),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("train.offload_optimizer", offload),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("train.offload_optimizer", None),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("train.engine", None),
+    }
+
+
+def require_engine(config: TrainConfig) -> None:
+    """Refuse an engine that is not installed.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    if config.engine != "deepspeed":
+        return
+    for package in ("deepspeed", "transformers"):  # accelerate asks for the version of transformers, whoever trains
+        if importlib.util.find_spec(package) is None:
+            fix = "pip install 'msmil[deepspeed]', or set train.engine: ddp"
+            raise UserError(f"train.engine is deepspeed, but {package} is not installed", fix=fix)
 
 
 def without_engine(config: TrainConfig) -> TrainConfig:

@@ -10,7 +10,7 @@ import torch
 from msmil.config import Config
 from msmil.engine.checkpoint_state import newest, read_state
 from msmil.engine.data import check_trained_on, first_epoch, open_data
-from msmil.engine.environment import refuse_environment
+from msmil.engine.environment import refuse_environment, require_engine
 from msmil.engine.features import choose_levels, open_features
 from msmil.engine.pipeline import build_network
 from msmil.engine.run_folder import RunFolder, nearest_folder
@@ -30,7 +30,8 @@ def check_experiment(config: Config, world: int) -> Manifest:
     Raises:
         UserError: what is wrong, before a process starts or a file is written.
     """
-    refuse_environment(config.train)
+    refuse_environment(config.train, clip_grad_norm=config.optim.clip_grad_norm)
+    require_engine(config.train)
     if not gpu_in_use():
         refuse_on_cpu(config.train)
     manifest = open_data(config)

@@ -94,10 +94,12 @@ class Stepper:
         self.blocks, self._runtime = blocks, pipeline.runtime
         set_trainable(module, blocks)
         self._optimizer = build_optimizer(module, pipeline.config.optim)
-        self.engine = make_engine(pipeline, module, self._optimizer, moments=moments, loss_scale=loss_scale)
+        with explained(self._out_of_memory):
+            self.engine = make_engine(pipeline, module, self._optimizer, moments=moments, loss_scale=loss_scale)
         self._forward_waits = self.engine.divides_weights or pipeline.config.train.batch_norm == "sync"
         self._moved = _moving_statistics(module) if pipeline.config.train.batch_norm == "train" and blocks else []
-        self.engine.settle(lambda: self._forward(self._blank_batch(), epoch=0, step=0, micro=0).total)
+        with explained(self._out_of_memory):  # DDP's first forward and backward of a micro-batch
+            self.engine.settle(lambda: self._forward(self._blank_batch(), epoch=0, step=0, micro=0).total)
 
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each group in the step that was done last."""

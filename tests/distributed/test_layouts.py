@@ -63,13 +63,24 @@ def test_what_accelerate_makes_of_it_contradicts_no_experiment(file: Path, monke
         refuse_environment(config, made)
 
 
+DEEPSPEED = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+deepspeed_config: {zero_stage: 2, gradient_accumulation_steps: 1, gradient_clipping: 0.5}
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+"""
+
+
 @pytest.mark.long
-def test_two_processes_of_a_layout_train(tmp_path: Path, packed: Path) -> None:
-    config = str(write_tiny(tmp_path, packed, train={"epochs": 1}))
-    layout = ["--config_file", "configs/accelerate/gpus_2.yaml", "--main_process_port", "0"]
-    done = run(
-        [sys.executable, "-m", "accelerate.commands.launch", *layout, "-m", "launch.train", config], deadline_s=120
-    )
+def test_two_processes_of_a_file_with_deepspeed_train(tmp_path: Path, packed: Path) -> None:
+    """accelerate's own launcher of DeepSpeed; what the file says of it is what the experiment says."""
+    (tmp_path / "two.yaml").write_text(DEEPSPEED)
+    sections = {"train": {"epochs": 1, "engine": "deepspeed", "zero_stage": 2}, "optim": {"clip_grad_norm": 0.5}}
+    config = str(write_tiny(tmp_path, packed, **sections))
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml"), "-m", "launch.train"]
+    done = run([sys.executable, *command, config], deadline_s=120)
     assert done.returncode == 0, done.stderr
     assert "ranks: 2 on CPU" in (tmp_path / "runs" / "tiny" / "environment.txt").read_text()
 

@@ -20,10 +20,12 @@ from msmil.reporting.run_files import read_run
 from msmil.reporting.sections.training import training_section
 from shards.manifest import Manifest, read_manifest
 from shards.stream import train_plan
+from tests import forked
 from tests.distributed.runs import zero
 from tests.experiments import write_tiny
 from tests.faults.launcher import Launcher, Started, poll
 from tests.faults.places import step_of
+from tests.worlds import environment
 
 pytestmark = pytest.mark.long
 
@@ -76,6 +78,18 @@ def test_a_tar_that_breaks_between_epochs_stops_all_ranks_with_one_message(
     row = int(manifest.rows("train")[-1])
     damage(manifest, row)
     assert_stopped(started, launcher.wait(started), tar_of(manifest, row), said, "sample", "Fix:")
+
+
+def test_under_another_launcher_the_cause_is_the_last_line_of_the_log_once(tmp_path: Path, manifest: Manifest) -> None:
+    """The launcher prints what each rank says, and its own traceback."""
+    flip(manifest, row := int(manifest.rows("train")[-1]))
+    ranks = forked.rank_environments(environment(), 2)
+    ended = forked.run_ranks("launch.train", [str(write_tiny(tmp_path, manifest.directory))], ranks, deadline_s=120)
+    assert ended.code == 2
+    log = (tmp_path / "runs" / "tiny" / "log.txt").read_text().splitlines()
+    assert log[-1].startswith("msmil: error:")
+    assert tar_of(manifest, row) in log[-1]
+    assert sum("changed since it was packed" in line for line in log) == 1
 
 
 def assert_stopped(started: Started, codes: list[int], *named: str) -> None:

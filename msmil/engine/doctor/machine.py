@@ -70,7 +70,7 @@ def check_open_files(limit: int) -> Check:
 def check_environment(config: Config, environment: Mapping[str, str]) -> Check:
     """Variables with which `msmil train` would refuse to start."""
     try:
-        refuse_environment(config.train, environment)
+        refuse_environment(config.train, environment, clip_grad_norm=config.optim.clip_grad_norm)
     except UserError as error:
         return broken("environment", error.thing, error.fix)
     return ok("environment", "no variable contradicts the configuration")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from msmil.config_io import config_from_dict, load_config
 from msmil.engine import memory
 from msmil.engine.ddp import DdpEngine
 from msmil.engine.memory import OutOfMemory, explained, fixed_bytes, requested_bytes, training_out_of_memory
-from msmil.engine.run import open_run
+from msmil.engine.run import Run, open_run
 from msmil.engine.runtime import Runtime
 from msmil.engine.tracking import PhaseTimer
 from msmil.engine.train import open_stream, stepper_of_epoch
@@ -68,24 +69,36 @@ def test_what_is_done_already_is_not_advised(monkeypatch: pytest.MonkeyPatch) ->
     assert word(monkeypatch, 64, 40, 1, **done).fix == "use a GPU with more memory, or pack smaller images"
 
 
-def test_a_step_says_it(tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def run(tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """A run of one rank, whose network finds no memory."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset()
     config = load_config(write_tiny(tmp_path, packed, tracking={"images": 0}))
     run = open_run(config, Runtime(config.train, quiet=True))
-    stepper = stepper_of_epoch(run, 0)
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError(ON_A_GPU)
 
     monkeypatch.setattr(DdpEngine, "__call__", full)
-    with pytest.raises(OutOfMemory, match=r"6 images at a time \(train.batch_size 6 / 1 ranks") as raised:
-        stepper(open_stream(run, 0), epoch=0, step=0, timer=PhaseTimer(run.pipeline.runtime.synchronize))
-    assert "train.accumulation" in raised.value.fix
+    yield run
     assert run.tracker is not None
     run.tracker.close()
     run.folder.close()
     reset()
+
+
+def test_a_step_says_it(run: Run) -> None:
+    stepper = stepper_of_epoch(run, 0)
+    with pytest.raises(OutOfMemory, match=r"6 images at a time \(train.batch_size 6 / 1 ranks") as raised:
+        stepper(open_stream(run, 0), epoch=0, step=0, timer=PhaseTimer(run.pipeline.runtime.synchronize))
+    assert "train.accumulation" in raised.value.fix
+
+
+def test_so_does_what_several_ranks_compute_before_the_first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DdpEngine, "settle", lambda _, forward: forward())
+    with pytest.raises(OutOfMemory, match="6 images at a time"):
+        stepper_of_epoch(run, 0)
 
 
 def test_a_cpu_says_it_too_and_other_errors_stay() -> None:

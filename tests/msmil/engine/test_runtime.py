@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from msmil.config import TrainConfig
-from msmil.engine.environment import refuse_environment
+from msmil.engine.environment import refuse_environment, require_engine
 from msmil.engine.runtime import Runtime, emulated_precision, meet
 from msmil.engine.watchdog import EXIT_HUNG
 from shards.errors import UserError
@@ -42,6 +42,43 @@ def test_a_contradiction_is_refused_with_both_values(variables: dict[str, str], 
 )
 def test_what_agrees_or_says_nothing_passes(variables: dict[str, str]) -> None:
     refuse_environment(TrainConfig(precision="bf16", accumulation=2), variables)
+
+
+ZERO_2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+}  # what `accelerate launch` makes of a file with a section on DeepSpeed
+
+
+@pytest.mark.parametrize(
+    ("variables", "both"),
+    [
+        ({}, ()),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("STAGE=3", "train.zero_stage: 2")),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, ("nvme", "train.offload_optimizer: True")),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, ("PARAM_DEVICE=cpu", "train.offload_optimizer")),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, ("ds.json", "train.engine: deepspeed")),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, ("CLIPPING=0.5", "optim.clip_grad_norm: 1")),
+    ],
+)
+def test_a_section_on_deepspeed_agrees_or_is_refused(variables: dict[str, str], both: tuple[str, ...]) -> None:
+    config = TrainConfig(engine="deepspeed", zero_stage=2, offload_optimizer=True)
+    if not both:
+        refuse_environment(config, ZERO_2, clip_grad_norm=1)
+        return
+    with pytest.raises(UserError) as error:
+        refuse_environment(config, ZERO_2 | variables, clip_grad_norm=1)
+    assert all(value in str(error.value) for value in both)
+
+
+def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    require_engine(TrainConfig())
+    with pytest.raises(UserError, match="deepspeed is not installed"):
+        require_engine(TrainConfig(engine="deepspeed"))
 
 
 @pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"batch_norm": "sync"}])
