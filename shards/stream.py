@@ -68,7 +68,8 @@ def train_stream(
         group_by: exam keeps the images of an exam in one global batch (shards.exams).
         features: what to read instead of images.
         on_error: a sample that cannot be read ends the stream, or is skipped (`Batch.skipped`).
-        node_ranks: the ranks of this machine (by default this one), whose samples are fetched together from elsewhere.
+        node_ranks: the ranks of this machine (by default this one), which share its memory, and for which samples are
+            fetched together from elsewhere.
 
     Raises:
         UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
@@ -100,7 +101,8 @@ def train_stream(
     if elsewhere(manifest, features):
         fetched = rank_columns(batch_size, world, node_ranks or [rank], accumulation)
         share.expect(plan.rows_GB[start_batch:, fetched].reshape(-1), size=len(fetched))
-    batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
+    ranks = len(node_ranks or [rank])
+    batches = _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory, ranks=ranks)
     return _micro_batches(batches, len(columns) // accumulation)
 
 
@@ -115,6 +117,7 @@ def evaluation_stream(
     pin_memory: bool,
     features: Features | None = None,
     images: bool = True,
+    node_ranks: Sequence[int] = (0,),
 ) -> Iterator[Batch]:
     """The given manifest rows in order, each once, with weight 1; the last batch may be short.
 
@@ -133,7 +136,8 @@ def evaluation_stream(
         images=images,
     )
     share.expect(share.row_M, size=batch_size)
-    return _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory)
+    ranks = len(node_ranks)
+    return _serve(share, workers=workers, prefetch_batches=prefetch_batches, pin_memory=pin_memory, ranks=ranks)
 
 
 def blank_batch(manifest: Manifest, size: int, *, labels: int, features: Features | None) -> Batch:
@@ -152,10 +156,10 @@ def blank_batch(manifest: Manifest, size: int, *, labels: int, features: Feature
     )
 
 
-def _serve(share: Share, *, workers: int, prefetch_batches: int, pin_memory: bool) -> Iterator[Batch]:
+def _serve(share: Share, *, workers: int, prefetch_batches: int, pin_memory: bool, ranks: int) -> Iterator[Batch]:
     workers = min(workers, share.num_batches)
     if workers:
-        check_shared_memory(workers, slots_for(prefetch_batches) * share.num_bytes)
+        check_shared_memory(workers, slots_for(prefetch_batches) * share.num_bytes, ranks=ranks)
     share.prepare(workers=workers, prefetch_batches=prefetch_batches)
     if not workers:
         return _here(share, pin_memory=pin_memory)

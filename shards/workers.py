@@ -76,8 +76,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def check_shared_memory(workers: int, bytes_per_worker: int) -> None:
+def check_shared_memory(workers: int, bytes_per_worker: int, *, ranks: int = 1) -> None:
     """Batches travel through /dev/shm, which containers keep small; when it is full, the loader hangs or dies.
+
+    The ranks of a machine share it, and some of them may have taken theirs already: what all of them need is held
+    against its size, what this one needs against what is free.
+
+    Args:
+        workers: decoding processes of this rank.
+        bytes_per_worker: that each of them needs.
+        ranks: of this machine, this one among them.
 
     Raises:
         UserError: there is too little for these decoding processes.
@@ -85,11 +93,19 @@ def check_shared_memory(workers: int, bytes_per_worker: int) -> None:
     if not _SHARED_MEMORY.is_dir():
         return
     status = os.statvfs(_SHARED_MEMORY)
-    free, needed = status.f_bavail * status.f_frsize, workers * bytes_per_worker
-    if free < needed:
-        raise UserError(
-            f"{workers} decoding processes need {human_bytes(needed)} of shared memory, {human_bytes(free)} are free",
-            fix="start the container with more (docker run --shm-size=16g), or lower the number of decoding processes "
-            "or of batches that each keeps ready",
-            file=_SHARED_MEMORY,
-        )
+    if not status.f_blocks:
+        return  # a file system without a limit tells no sizes (podman run --shm-size=0)
+    size, free = (blocks * status.f_frsize for blocks in (status.f_blocks, status.f_bavail))
+    needed = workers * bytes_per_worker
+    if ranks * needed <= size and needed <= free:
+        return
+    who, there = f"{workers} decoding processes", f"{human_bytes(free)} are free"
+    if ranks * needed > size:
+        who += f" of each of {ranks} ranks" if ranks > 1 else ""
+        needed, there = ranks * needed, f"there are {human_bytes(size)} in all"
+    raise UserError(
+        f"{who} need {human_bytes(needed)} of shared memory, {there}",
+        fix="start the container with more (docker run --shm-size=16g), or lower the number of decoding processes "
+        "or of batches that each keeps ready",
+        file=_SHARED_MEMORY,
+    )

@@ -217,6 +217,7 @@ def _encoded(pipeline: Pipeline, network: MILModel, rows: np.ndarray, *, size: i
         workers=config.data.workers,
         prefetch_batches=config.data.prefetch_batches,
         pin_memory=device.type == "cuda",
+        node_ranks=pipeline.runtime.node_ranks,
     )
     for batch in stream:
         bag = pipeline.bag(batch, epoch=None)

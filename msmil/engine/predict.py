@@ -125,6 +125,7 @@ def _forward(
         pin_memory=runtime.device.type == "cuda",
         features=pipeline.features,
         images=images,
+        node_ranks=runtime.node_ranks,
     )
     with (
         eval_mode(module),

@@ -263,10 +263,27 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(manifest):
 
 
 def test_too_little_shared_memory_is_said_before_the_loader_hangs(manifest, monkeypatch):
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=16, f_frsize=4096))
+    holds = SimpleNamespace(f_blocks=64, f_bavail=16, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: holds)
     with pytest.raises(UserError, match=r"2 decoding processes need 196.6 kB .* 65.5 kB are free.*--shm-size"):
         training(manifest, workers=2)
     next(training(manifest, workers=0))
+    holds.f_blocks = holds.f_bavail = 0  # what a file system without a limit says
+    training(manifest, workers=2)
+
+
+def test_the_ranks_of_a_machine_share_its_shared_memory(manifest, monkeypatch):
+    """Each alone finds room; where others have taken theirs, that is no reason to refuse the last one its own."""
+    holds = SimpleNamespace(f_blocks=30, f_bavail=30, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: holds)
+    said = r"2 decoding processes of each of 3 ranks need 147.5 kB .* 122.9 kB in all.*--shm-size"
+    with pytest.raises(UserError, match=said):
+        training(manifest, workers=2, world=3, batch_size=6, node_ranks=(0, 1, 2))
+    with pytest.raises(UserError, match=r"each of 3 ranks need"):
+        evaluating(manifest, manifest.rows("val"), workers=2, node_ranks=(0, 1, 2))
+    training(manifest, workers=2, world=3, batch_size=6, node_ranks=(0, 1))
+    holds.f_blocks, holds.f_bavail = 40, 13
+    training(manifest, workers=2, world=3, batch_size=6, node_ranks=(0, 1, 2))
 
 
 def test_what_is_sent_to_a_process_grows_by_a_few_bytes_a_sample(manifest):
