@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import msmil.engine.predict
 import msmil.engine.runtime as runtime_module
@@ -29,13 +29,42 @@ NAN_STEP, NAN_MICRO, ACCUMULATION = 2, 1, 2  # counted from 0
 def nan_loss_of_rank_1(rank: int, folder: Path) -> None:
     """One micro-step's loss is NaN on rank 1; each rank writes digests of its parameters around the step that fails."""
     calls = -1  # the discarded backward at the start is no step
-    forward, call = BagLoss.forward, Stepper.__call__
+    forward = BagLoss.forward
 
     def broken(self: BagLoss, *arguments: Any, **more: Any) -> LossParts:
         nonlocal calls
         parts, calls = forward(self, *arguments, **more), calls + 1
         strikes = rank == 1 and calls == NAN_STEP * ACCUMULATION + NAN_MICRO + 1
         return replace(parts, total=parts.total * float("nan")) if strikes else parts
+
+    BagLoss.forward = broken  # type: ignore[method-assign]
+    watch_parameters(rank, folder)
+
+
+def infinite_gradient_of_rank_1(rank: int, folder: Path) -> None:
+    """One number of one gradient is infinite on rank 1, behind losses that are finite; digests as above."""
+    watch_parameters(rank, folder)
+    call = Stepper.__call__
+
+    def broken(self: Stepper, *arguments: Any, **more: Any) -> StepReport:
+        if rank == 1 and more["step"] == NAN_STEP:
+            parameter = next(p for p in self.module.parameters() if p.requires_grad)
+            parameter.register_hook(one_infinite)
+        return call(self, *arguments, **more)
+
+    Stepper.__call__ = broken  # type: ignore[method-assign]
+
+
+def one_infinite(gradient: Tensor) -> Tensor:
+    """The gradient, of which one number is too large."""
+    gradient = gradient.clone()
+    gradient.view(-1)[0] = float("inf")
+    return gradient
+
+
+def watch_parameters(rank: int, folder: Path) -> None:
+    """Write digests of what a step that fails found and left."""
+    call = Stepper.__call__
 
     def watched(self: Stepper, *arguments: Any, **more: Any) -> StepReport:
         before = digest(self.module)
@@ -46,7 +75,6 @@ def nan_loss_of_rank_1(rank: int, folder: Path) -> None:
             (folder / f"parameters_{rank}.json").write_text(json.dumps(told))
             raise
 
-    BagLoss.forward = broken  # type: ignore[method-assign]
     Stepper.__call__ = watched  # type: ignore[method-assign]
 
 
