@@ -1,6 +1,7 @@
 """The generated pages of the documentation: every option of an experiment, and every command.
 
-`python -m launch.reference` prints the options. The texts are the dataclasses' own docs and the commands' own help.
+`python -m launch.reference` prints the options; with README.md behind it, writes them there. The texts are the dataclasses'
+own docs and the commands' own help.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final, get_type_hints
 
 from msmil.config import Config
 from msmil.config_io import Option, reference
 
+README_MARK: Final = "<!-- written by python -m launch.reference README.md -->"
 _PIPE: Final = "\\|"  # a bare one would end the cell
 _USAGE_WIDTH: Final = 84
 _EVERY_OPTION: Final = "\n\noptions of an experiment"  # from here on `msmil train --help` repeats the other page
@@ -22,10 +26,6 @@ _EVERY_OPTION: Final = "\n\noptions of an experiment"  # from here on `msmil tra
 
 def configuration_page() -> str:
     """Markdown: a section per part of the configuration, with a table of its options."""
-    sections: dict[str, list[Option]] = {}
-    for option in reference():
-        sections.setdefault(option.key.rpartition(".")[0], []).append(option)
-    docs = dict(_section_docs(Config, ""))
     lines = [
         "# Configuration reference",
         "",
@@ -33,9 +33,31 @@ def configuration_page() -> str:
         "wrong type or a value out of range is one line with the fix. This page is made from the dataclasses of",
         "`msmil/config.py`; `msmil train --help` prints the same.",
     ]
+    return "\n".join([*lines, *_sections("##")]) + "\n"
+
+
+def with_reference(readme: str) -> str:
+    """The text of README.md, whose end is the reference of all options, made anew.
+
+    Raises:
+        ValueError: the line is missing behind which it stands.
+    """
+    kept, mark, _ = readme.partition(README_MARK)
+    if not mark:
+        raise ValueError(f"no line {README_MARK}. Fix: write it where the reference shall begin")
+    return "\n".join([f"{kept}{mark}", *_sections("###")]) + "\n"
+
+
+def _sections(heading: str) -> list[str]:
+    """Lines of Markdown: for each part of the configuration a heading, its doc, and a table of its options."""
+    sections: dict[str, list[Option]] = {}
+    for option in reference():
+        sections.setdefault(option.key.rpartition(".")[0], []).append(option)
+    docs = dict(_section_docs(Config, ""))
+    lines = []
     for section, options in sections.items():
-        lines += ["", f"## {section or 'The experiment'}", "", docs[section], "", *_table(options)]
-    return "\n".join(lines) + "\n"
+        lines += ["", f"{heading} {section or 'The experiment'}", "", docs[section], "", *_table(options)]
+    return lines
 
 
 def command_page() -> str:
@@ -120,5 +142,13 @@ def _cell(text: str) -> str:
     return _sentence(text).replace("|", _PIPE)
 
 
+def main(files: Sequence[str]) -> None:
+    """Print the options, or write them into files that have a place for them."""
+    for file in map(Path, files):
+        file.write_text(with_reference(file.read_text(encoding="utf-8")), encoding="utf-8")
+    if not files:
+        print(configuration_page(), end="")
+
+
 if __name__ == "__main__":
-    print(configuration_page(), end="")
+    main(sys.argv[1:])

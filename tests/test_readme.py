@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.reference import with_reference
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -19,6 +21,10 @@ def test_it_says_what_it_has_to() -> None:
     memory = TEXT.partition("## What a GPU job costs in memory")[2].partition("## ")[0]
     assert "**Computed**" in memory
     assert "H100 two rows were measured beside it" in memory
+
+
+def test_its_reference_is_that_of_the_dataclasses() -> None:
+    assert with_reference(TEXT) == TEXT, "python -m launch.reference README.md writes it anew"
 
 
 def test_its_figures_are_there_and_small() -> None:
