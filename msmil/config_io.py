@@ -47,16 +47,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 class _Loader(yaml.SafeLoader):
     """Plain YAML silently lets a second `optim:` replace the first, and reads 1e-4 (without a dot) as text."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; a key that stands twice is an error at its line."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written; a key that stands twice, or is no word, is an error at its line.
+
+        Looked at before `<<: *other` is merged into it, which a key beside it may well replace.
+        """
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                mark = key_node.start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.composer.ComposerError(None, None, "a key is a list or a mapping", key.start_mark)
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 _Loader.add_implicit_resolver(

@@ -35,6 +35,14 @@ def test_numbers_inside_a_free_mapping_are_numbers_too(tmp_path: Path) -> None:
     assert config.model.backbone_options == {"bn_eps": 0.001, "a": [2000.0, "x1e3"], "b": 0.5}
 
 
+def test_a_mapping_can_be_merged_into_another_and_changed_there(tmp_path: Path) -> None:
+    options = "{one: &one {a: 1, b: 2}, two: &two {<<: *one, b: 3}, three: {c: 4, <<: [*two, *one]}}"
+    config = load_config(write(tmp_path / "c.yaml", f"model: {{backbone_options: {options}}}"))
+    assert config.model.backbone_options == {"one": {"a": 1, "b": 2}, "two": {"a": 1, "b": 3}} | {
+        "three": {"a": 1, "b": 3, "c": 4}
+    }
+
+
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "c.yaml", "optim: {lr: 1e-3}\nmodel: {scales: [16, 32]}")
     config = load_config(file, ["optim.lr=2e-3", "model.scales=[8,16]", "data.labels=[A, B]", "train.compile=true"])
@@ -143,6 +151,11 @@ def test_what_is_wrong_is_named_with_its_fix(tree: dict[str, object], named: str
     ("text", "named"),
     [
         ("optim: {lr: 1}\ntrain: {}\noptim: {}", "'optim' stands twice"),
+        ("optim: {<<: {beta1: 0.5}, lr: 1, lr: 2}", "'lr' stands twice"),
+        ("optim: {<<: {lr: 1, lr: 2}}", "'lr' stands twice"),
+        ("optim: {<<: 3}", "expected a mapping"),
+        ("? [a]\n: 1", "a key is a list or a mapping"),
+        ("optim: {? {a: 1} : 1}", "a key is a list or a mapping"),
         ("a: [", "cannot be read as YAML"),
         ("- 1", "no mapping at its top"),
         ("optm: {}", "did you mean optim"),
@@ -155,7 +168,7 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, named: str) -> None:
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("override", ["optim.lr", "=3", "optim.lr.x=[", "name.x=1"])
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "optim.lr.x=[", "name.x=1", "optim={[lr]: 1}"])
 def test_a_broken_override_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError):
         load_config(write(tmp_path / "c.yaml", "name: a"), [override])
