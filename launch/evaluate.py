@@ -60,7 +60,7 @@ def start(
     as_json: bool = False,
 ) -> int:
     """Check what can be checked, start the ranks (None: one per GPU) and return their exit code."""
-    config = _config(folder, shards, features)
+    config = _as_this_machine_can(_config(folder, shards, features))
     ranks = default_ranks() if ranks is None else ranks
     from msmil.engine.checkpoint_state import read_state
     from msmil.engine.data import check_trained_on, open_data
@@ -100,8 +100,11 @@ def main(
     from msmil.engine.runtime import Runtime
     from msmil.evaluation.results import results_table
 
-    runtime = Runtime(without_engine(config.train), quiet=quiet)
-    results = evaluate(config, RunFolder(folder), runtime, split=split, checkpoint=checkpoint, other_data=other_data)
+    can = _as_this_machine_can(config)
+    runtime = Runtime(without_engine(can.train), quiet=quiet)
+    if can is not config and runtime.is_main and not quiet:
+        print("msmil: no GPU here: evaluating in fp32", file=sys.stderr, flush=True)
+    results = evaluate(can, RunFolder(folder), runtime, split=split, checkpoint=checkpoint, other_data=other_data)
     if runtime.is_main:
         table = results_table(results, results["localisation"])
         print(json.dumps(results, indent=2, allow_nan=False) if as_json else table, flush=True)
@@ -145,16 +148,15 @@ def _config(folder: str, shards: str | None, features: str | None) -> Config:
         config = replace(config, data=replace(config.data, shards=shards))
     if features is not None:
         config = replace(config, data=replace(config.data, features="" if features == "none" else features))
-    return _as_this_machine_can(config)
+    return config
 
 
 def _as_this_machine_can(config: Config) -> Config:
-    """Without a GPU an fp16 run is evaluated in fp32, and synchronised statistics are plain ones: both are said."""
+    """Without a GPU an fp16 run is evaluated in fp32, and synchronised statistics are plain ones."""
     from msmil.engine.runtime import gpu_in_use
 
     if gpu_in_use() or (config.train.precision != "fp16" and config.train.batch_norm != "sync"):
         return config
-    print("msmil: no GPU here: evaluating in fp32", file=sys.stderr)
     last = replace(config.data, last_batch="drop")
     return replace(config, data=last, train=replace(config.train, precision="fp32", batch_norm="train"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from launch import evaluate, extract, train
 from launch.cli import main
+from msmil.config import Config
 from tests.archives import GroupedArchive
 from tests.experiments import write_tiny
 from tests.msmil.engine.test_train import reset
@@ -75,6 +77,42 @@ def test_ranks_hear_of_it(command: str, tmp_path: Path, packed: Path, monkeypatc
     assert main([command, *more, "--quiet", "--ranks", "1"]) == 0
     assert "--quiet" in handed_on
     assert ("--json" in handed_on) == (command == "evaluate")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"batch_norm": "sync"}])
+def test_that_there_is_no_gpu_is_said_once_by_all_ranks(
+    quiet: bool,
+    settings: dict[str, str],
+    tmp_path: Path,
+    packed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    file = write_tiny(tmp_path, packed, train=settings, data={"last_batch": "drop"})
+    (tmp_path / "config.yaml").write_text(file.read_text())
+    told = [SimpleNamespace(is_main=rank == 0, close=lambda: None) for rank in (0, 1)]
+    ranks, used = iter(told), []
+
+    def two_ranks(_: str, arguments: list[str], **__: object) -> int:
+        return sum(evaluate.rank_main(arguments) for _ in told)
+
+    def evaluated(config: Config, *_: object, **__: object) -> dict[str, Any]:
+        used.append((config.train.precision, config.train.batch_norm))
+        return {"localisation": {}}
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(evaluate, "start_ranks", two_ranks)
+    monkeypatch.setattr("msmil.engine.runtime.Runtime", lambda *_, **__: next(ranks))
+    monkeypatch.setattr("msmil.engine.evaluate.evaluate", evaluated)
+    monkeypatch.setattr("msmil.evaluation.results.results_table", lambda *_: "")
+    monkeypatch.setattr("msmil.engine.evaluate.find_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr("msmil.engine.checkpoint_state.read_state", lambda _: (None, None))
+    monkeypatch.setattr("msmil.engine.data.check_trained_on", lambda *_: None)
+    assert main(["evaluate", str(tmp_path), "--json", "--ranks", "2", *["--quiet"] * quiet]) == 0
+    assert capsys.readouterr().err.count("no GPU here: evaluating in fp32") == (0 if quiet else 1)
+    assert [precision for precision, _ in used] == ["fp32", "fp32"]
+    assert "sync" not in {batch_norm for _, batch_norm in used}
 
 
 @pytest.fixture
