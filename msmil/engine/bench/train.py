@@ -270,7 +270,8 @@ class _Bench:
 
 def mode_of(config: Config) -> Mode:
     """The mode that a configuration asks for."""
-    return Mode(config.train.precision, channels_last=config.train.channels_last, compiled=config.train.compile)
+    channels_last = config.train.channels_last and config.train.engine == "ddp"  # DeepSpeed's buffers are contiguous
+    return Mode(config.train.precision, channels_last=channels_last, compiled=config.train.compile)
 
 
 def _words(config: Config) -> str:
