@@ -32,7 +32,6 @@ from launch.commands import Commands, HelpFormatter
 from launch.terminal import print_error
 from shards.errors import UserError
 
-EXIT_OK = 0
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141

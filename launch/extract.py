@@ -86,7 +86,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", type=folder_here, help="folder for the shards of features")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="how numbers are stored (default: fp32)")
     add("--zstd", action="store_true", help="compress, which costs time when they are read")
-    add("--images-per-shard", type=at_least_one, default=64, metavar="N", help="images in a tar (default: 64)")
+    add("--images-per-shard", type=at_least_one, default=64, metavar="N", help="images in a tar (default: %(default)s)")
     add("--sizes", action="store_true", help="print what every way to store them takes, in bytes, and stop")
     add_quiet(parser, "no progress, no sizes unless --sizes asks for them; errors stay")
     add_json(parser, "the sizes (with --sizes)")

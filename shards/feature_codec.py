@@ -30,11 +30,6 @@ def extension(zstd: bool) -> str:
     return "safetensors.zst" if zstd else "safetensors"
 
 
-def raw_bytes(shapes: Mapping[int, tuple[int, ...]], dtype: FeatureType) -> int:
-    """Bytes of an image's numbers, without headers and compression."""
-    return sum(torch.Size(shape).numel() for shape in shapes.values()) * TYPES[dtype].itemsize
-
-
 def encode(levels: Mapping[int, Tensor], dtype: FeatureType, *, zstd: bool) -> bytes:
     """The levels of one image as bytes; the same numbers give the same bytes.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 
@@ -26,8 +26,6 @@ from shards.members import Place
 from shards.pack_shard import member_json, shard_name
 from shards.pool import default_processes
 from shards.tars import TarWriter
-
-IMAGES_PER_SHARD: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)

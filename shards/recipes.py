@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Final, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -116,9 +116,6 @@ class MammoClip:
     def describe(self) -> dict[str, Any]:
         """Name, version and parameters."""
         return {"name": self.name, "version": self.version, **asdict(self)}
-
-
-RECIPES: Final = (AsIs.name, MammoClip.name)
 
 
 def make_recipe(name: str, *, height_px: int | None = None, width_px: int | None = None) -> Recipe:
