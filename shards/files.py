@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -15,7 +15,8 @@ from shards.errors import UserError
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY_SUFFIX: Final = ".tmp"
-_OLD_SUFFIX: Final = ".old"
+_OLD_SUFFIX: Final = ".old"  # whole, and replaced once another one has its name
+_GONE_SUFFIX: Final = ".gone"  # half of it may be deleted
 _MAKE_ROOM: Final = "make room, or write to another disk, and run the same command again; what was finished is kept"
 
 
@@ -75,7 +76,8 @@ def atomic_file(path: Path, *, needed_bytes: int | None = None) -> Iterator[Bina
 def atomic_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     """Write a folder of files so that it appears under its name only when it is whole and on the disk.
 
-    What was there before is replaced then. Yields a folder beside it, whose parents are made.
+    What was there before is replaced then. Cut off in between, it lies under a name that `put_back_folders` knows.
+    Yields a folder beside it, whose parents are made.
 
     Args:
         path: the final name.
@@ -89,8 +91,8 @@ def atomic_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         thing = f"the disk is full: {human_bytes(needed_bytes)} are needed, {human_bytes(free)} are free"
         raise UserError(thing, fix=_MAKE_ROOM, file=path)
     temporary, before = _hidden(path, TEMPORARY_SUFFIX), _hidden(path, _OLD_SUFFIX)
-    for leftover in (temporary, before):  # of a process that was killed and had our number
-        shutil.rmtree(leftover, ignore_errors=True)
+    _replaced(before, path)  # of a process that was killed and had our number
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         yield temporary
@@ -106,26 +108,43 @@ def atomic_folder(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
             raise
         raise _full(error, path, written_bytes, needed_bytes or None, free) from error
     finally:
-        for leftover in (temporary, before):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _replaced(before, path)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder; cut off in between, it leaves what `remove_leftovers` finds, and no half folder."""
-    hidden = _hidden(path, _OLD_SUFFIX)
+    hidden = _hidden(path, _GONE_SUFFIX)
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the partial files and folders that a killed process left in `folder`."""
-    for suffix in (TEMPORARY_SUFFIX, _OLD_SUFFIX):
+    """Delete the partial files and folders that a killed process left in `folder`, and put back what it had whole."""
+    put_back_folders(folder)
+    for suffix in (TEMPORARY_SUFFIX, _GONE_SUFFIX):
         for leftover in folder.glob(f".*{suffix}"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
+
+
+def put_back_folders(folder: Path) -> None:
+    """Give a folder its name again that a killed process was replacing. No process may be doing so now."""
+    for before in folder.glob(f".*{_OLD_SUFFIX}"):
+        name = before.name[1:].removesuffix(_OLD_SUFFIX).rpartition(".")[0]  # without the number of the process
+        _replaced(before, before.with_name(name))
+
+
+def _replaced(before: Path, path: Path) -> None:
+    """Delete what was replaced, or put it back where nothing has taken its place."""
+    if not path.exists():
+        with suppress(OSError):  # there was nothing, or another process has put it back
+            before.rename(path)
+    if path.exists():
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _hidden(path: Path, suffix: str) -> Path:
