@@ -23,19 +23,27 @@ from msmil.engine.checkpoint_state import (
     FORMAT_VERSION,
     PREFIX,
     STATE_NAME,
+    changed,
     checkpoints,
     cut_off,
     metric_of,
     newest,
     none_is_whole,
     pointed,
-    read_digests,
     read_state,
     unreadable,
 )
 from msmil.types import TrainState
 from shards.errors import UserError
-from shards.files import atomic_file, atomic_folder, human_bytes, remove_folder, remove_leftovers, sha256_file
+from shards.files import (
+    atomic_file,
+    atomic_folder,
+    human_bytes,
+    put_back_folders,
+    remove_folder,
+    remove_leftovers,
+    sha256_file,
+)
 
 _FREE_SPACE_FACTOR: Final = 1.1
 _AGAIN: Final = "free space or choose another output_dir, then start the same command again: it resumes"
@@ -140,10 +148,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise DamagedError(f"the checkpoint is cut off ({reason})", file=folder, fix=COPY_AGAIN)
     try:
         state, loss_scale = read_state(folder)
-        for name, digest in read_digests(folder).items():
-            if sha256_file(folder / name).hex() != digest:
-                thing = f"the checkpoint is damaged ({name} has other content than was saved)"
-                raise DamagedError(thing, file=folder, fix=COPY_AGAIN)
+        if reason := changed(folder):
+            raise DamagedError(f"the checkpoint is damaged ({reason})", file=folder, fix=COPY_AGAIN)
         ema_file = _file(folder, "ema")
         return Checkpoint(
             folder=folder,
@@ -165,9 +171,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def load_newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is whole, None where there is none at all; `say` gets a line on each one before it.
 
+    No other process may be saving.
+
     Raises:
         UserError: none is whole; one cannot be read, or is of another format version.
     """
+    put_back_folders(root)
     last: UserError | None = None
     for folder in reversed(checkpoints(root)):
         try:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from msmil.types import TrainState
 from shards.errors import UserError
+from shards.files import sha256_file
 
 FORMAT_VERSION: Final = 1
 STATE_NAME: Final = "state.json"
@@ -63,10 +64,20 @@ def cut_off(folder: Path) -> str:
     return ""
 
 
-def read_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a checkpoint by its name; none are known of those of the first release."""
-    files = json.loads((folder / STATE_NAME).read_text(encoding="utf-8")).get("files", {})
-    return {name: told["sha256"] for name, told in files.items()}
+def changed(folder: Path, *names: str) -> str:
+    """What has other content than was saved, in words, or "": of all files of a checkpoint, or of these alone.
+
+    Those of the first release tell no digests.
+    """
+    try:
+        content = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        files = content.get("files") if isinstance(content, dict) else None
+        for name, told in files.items() if isinstance(files, dict) else ():
+            if (name in names or not names) and sha256_file(folder / name).hex() != told["sha256"]:
+                return f"{name} has other content than was saved"
+    except OSError:
+        return ""  # who reads it says why
+    return ""
 
 
 def pointed(root: Path, pointer: str) -> Path | None:

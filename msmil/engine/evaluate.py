@@ -120,6 +120,7 @@ def find_checkpoint(folder: RunFolder, name: str, *, other_data: bool) -> Path:
             fix = "name the data to judge them on with --shards"
             raise UserError("holds weights alone, and no data of their own", file=folder.root, fix=fix)
         return folder.root
+    folder.mend()
     found = pointed(root, name) if name in ("best", "latest") else root / name
     never = not (root / name).exists()
     if found is None and name == "best" and never and (found := newest(root)) is not None:

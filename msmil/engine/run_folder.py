@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -19,9 +20,10 @@ from typing import Any
 
 from msmil.config import Config
 from msmil.config_io import config_to_dict, dump_config, flatten, load_config
-from msmil.engine.checkpoint_state import checkpoints, cut_off, newest, none_is_whole
+from msmil.engine.checkpoint_state import changed, checkpoints, cut_off, none_is_whole
 from msmil.evaluation.predictions import write_atomically
 from shards.errors import UserError
+from shards.files import put_back_folders
 from shards.types import Split
 
 _LOCK_WAIT_S = 1.0  # `msmil runs` looks at a lock for an instant
@@ -69,12 +71,10 @@ class RunFolder:
         nearest = nearest_folder(self.root)
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError("no run folder can be made here", file=nearest, fix="choose another output_dir")
-        trained = newest(self.checkpoints)
-        if trained is None:
-            if found := checkpoints(self.checkpoints):
-                raise none_is_whole(self.checkpoints, f"{found[-1].name}: {cut_off(found[-1])}")
-            if not (self.config.exists() and _has_steps(self.tensorboard)):
-                return  # a start that failed before it trained binds nobody
+        self.mend()
+        trained = self._newest()
+        if trained is None and not (self.config.exists() and _has_steps(self.tensorboard)):
+            return  # a start that failed before it trained binds nobody
         before, now = (
             flatten(config_to_dict(c)) for c in (load_config((trained or self.root) / "config.yaml"), config)
         )
@@ -89,6 +89,28 @@ class RunFolder:
                 fix = "choose another name for the new run"
                 fix += "" if self.in_training() else ", or remove this folder: it has no checkpoint to go on from"
             raise UserError(f"holds a run of another configuration: {'; '.join(differing)}", file=self.root, fix=fix)
+
+    def _newest(self) -> Path | None:
+        """The newest whole checkpoint whose configuration can be trusted; a start goes on from it or one before it.
+
+        Raises:
+            UserError: none of several is so.
+        """
+        reason = ""
+        for folder in reversed(checkpoints(self.checkpoints)):
+            broken = cut_off(folder) or changed(folder, self.config.name)
+            if not broken:
+                return folder
+            reason = reason or f"{folder.name}: {broken}"
+        if reason:
+            raise none_is_whole(self.checkpoints, reason)
+        return None
+
+    def mend(self) -> None:
+        """Give a checkpoint its name again that a training was saving anew when it was killed."""
+        with contextlib.suppress(OSError):  # not ours: who reads it says why
+            if not self.in_training():
+                put_back_folders(self.checkpoints)
 
     def open(self, *, world: int, device: str) -> None:
         """Make and lock the folder; add what is started to environment.txt.

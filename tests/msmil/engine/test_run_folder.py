@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,20 +10,23 @@ import torch
 
 from msmil.config import Config
 from msmil.config_io import config_from_dict, dump_config, load_config
-from msmil.engine.checkpoint import Snapshot, save_checkpoint
+from msmil.engine.checkpoint import Snapshot, load_checkpoint, load_newest, save_checkpoint
+from msmil.engine.evaluate import find_checkpoint
 from msmil.engine.run_folder import RunFolder, describe_environment
 from msmil.engine.tracking import Tracker
 from msmil.types import TrainState
 from shards.errors import UserError
 
+OTHER = {"optim": {"beta1": 0.5}}
 
-def trained(root: Path, config: Config) -> RunFolder:
+
+def trained(root: Path, config: Config, *, step: int = 1) -> RunFolder:
     """A folder with a checkpoint of this configuration."""
     folder = RunFolder(root)
     folder.open(world=2, device="CPU")
     folder.write_config(config)
     state = TrainState(
-        step=1, epoch=1, batches_done=0, samples_seen=8, best_metric=None, best_step=None, data_fingerprint=""
+        step=step, epoch=1, batches_done=0, samples_seen=8, best_metric=None, best_step=None, data_fingerprint=""
     )
     content = Snapshot(
         model={"w": torch.ones(1)},
@@ -103,6 +107,53 @@ def test_where_no_checkpoint_is_whole_nothing_begins_again(tmp_path: Path) -> No
         folder.check(Config())
 
 
+def zeroed(file: Path) -> None:
+    """What a disk leaves that lost power before it had written: the size is right."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def test_a_checkpoint_whose_configuration_is_not_what_was_saved_binds_nobody(tmp_path: Path) -> None:
+    """The start goes on from the one before it, and so that one's configuration is compared."""
+    trained(tmp_path, Config())
+    folder = trained(tmp_path, config_from_dict(OTHER), step=2)
+    with pytest.raises(UserError, match=r"optim\.beta1 is 0\.5 there and 0\.9 now"):
+        folder.check(Config())
+    zeroed(folder.checkpoints / "step_00000002" / "config.yaml")
+    folder.check(Config())
+    with pytest.raises(UserError, match=r"optim\.beta1 is 0\.9 there and 0\.5 now"):
+        folder.check(config_from_dict(OTHER))
+    zeroed(folder.checkpoints / "step_00000001" / "config.yaml")
+    thing = r"no checkpoint is whole \(step_00000002: config\.yaml has other content than was saved\)"
+    with pytest.raises(UserError, match=thing):
+        folder.check(Config())
+
+
+def test_a_checkpoint_that_was_being_saved_again_when_its_process_was_killed_is_there(tmp_path: Path) -> None:
+    """It was killed between the two renames, as in tests/shards/test_files.py."""
+    folder = trained(tmp_path, Config())
+    whole, away = (folder.checkpoints / name for name in ("step_00000001", ".step_00000001.123.old"))
+    for look in (
+        lambda: folder.check(config_from_dict(OTHER)),
+        lambda: find_checkpoint(folder, "latest", other_data=False),
+        lambda: load_newest(folder.checkpoints, print),
+    ):
+        whole.rename(away)
+        with contextlib.suppress(UserError):  # another configuration: the checkpoint tells it
+            look()
+        assert load_checkpoint(whole).state.step == 1
+        assert not away.exists()
+
+
+def test_nothing_is_mended_while_another_process_trains(tmp_path: Path) -> None:
+    folder = trained(tmp_path, Config())
+    whole, away = (folder.checkpoints / name for name in ("step_00000001", ".step_00000001.123.old"))
+    whole.rename(away)
+    folder.open(world=1, device="CPU")
+    RunFolder(tmp_path).mend()
+    assert away.exists()
+    folder.close()
+
+
 def started(root: Path, config: Config) -> tuple[RunFolder, Tracker]:
     """A folder whose run has begun, and has trained nothing yet."""
     folder = RunFolder(root)
@@ -111,9 +162,6 @@ def started(root: Path, config: Config) -> tuple[RunFolder, Tracker]:
     tracker = Tracker(folder.tensorboard, start_step=0, total_steps=9)
     tracker.text("configuration", dump_config(config))
     return folder, tracker
-
-
-OTHER = {"optim": {"beta1": 0.5}}
 
 
 def test_a_start_that_failed_before_it_trained_binds_nobody(tmp_path: Path) -> None:

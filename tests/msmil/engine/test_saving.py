@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import msmil.engine.run as run_module
 import msmil.engine.train as engine
 from msmil.config_io import load_config
 from msmil.engine.checkpoint import load_checkpoint
 from msmil.engine.checkpoint_state import checkpoints, newest, pointed
+from msmil.engine.preflight import check_experiment
 from msmil.engine.runtime import Runtime
 from msmil.engine.saving import Saver
 from shards.errors import UserError
@@ -179,3 +181,23 @@ def test_the_best_are_kept_over_a_resume(tmp_path: Path, packed: Path, monkeypat
     assert best is not None
     assert last is not None
     assert (load_checkpoint(best).state.epoch, load_checkpoint(last).state.epoch) == (2, 5)
+
+
+def test_a_start_leaves_out_a_checkpoint_whose_configuration_is_zeros(tmp_path: Path, packed: Path) -> None:
+    """As where any other file of it has lost its content: with a word, from the one before it, to the same end."""
+    settings = {"every_steps": 2, "keep_last": 100}
+    config = load_config(write_tiny(tmp_path, packed, train={"epochs": 1, "batch_size": 6}, checkpoint=settings))
+    engine.train(config, Runtime(config.train))
+    root = tmp_path / "runs" / "tiny" / "checkpoints"
+    before, last = checkpoints(root)[-2:]
+    unbroken = load_checkpoint(last).model
+    told = last / "config.yaml"
+    told.write_bytes(bytes(told.stat().st_size))
+    reset()
+    check_experiment(config, 1)
+    engine.train(config, Runtime(config.train))
+    log = (tmp_path / "runs" / "tiny" / "log.txt").read_text()
+    assert f"{last}: the checkpoint is damaged (config.yaml has other content than was saved): it is left out" in log
+    assert f"resuming from {before}" in log
+    again = load_checkpoint(last).model
+    assert all(torch.equal(unbroken[name], again[name]) for name in unbroken)
