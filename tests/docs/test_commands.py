@@ -1,4 +1,4 @@
-"""Every command of the README and of the pages is run, in the order in which somebody reads them."""
+"""Every command of the README and of the pages is tried, in the order in which somebody reads them; most are run."""
 
 from __future__ import annotations
 
