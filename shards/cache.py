@@ -19,7 +19,7 @@ PART: Final = ".part"
 _OBJECTS: Final = "objects"
 _LEDGER: Final = "ledger"
 # What an eviction leaves, as a share of the bound: it reads the whole folder, and so should be rare.
-_LEFT: Final = 0.9
+LEFT: Final = 0.9
 
 
 class Claim:
@@ -201,7 +201,7 @@ class Cache:
 
     def _evict(self, wanted_bytes: int) -> int:
         """Remove what was not used for longest, and what dead processes left; the bytes that remain."""
-        left_bytes = self.limit_bytes * _LEFT - wanted_bytes
+        left_bytes = self.limit_bytes * LEFT - wanted_bytes
         entries = sorted(self._entries())
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:

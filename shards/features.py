@@ -125,6 +125,10 @@ class Features:
         """The same of many rows, as arrays."""
         return Places(self._shard_N[row_M], self._offset_N[row_M], self._num_bytes_N[row_M], self._sha256_N32[row_M])
 
+    def shard_N(self) -> npt.NDArray[np.int32]:  # noqa: N802
+        """The tar of every row, an index of `shards`; read-only int32 [N]."""
+        return self._shard_N
+
     def rows(self, shard: int) -> list[int]:
         """The rows whose features lie in a tar."""
         rows: list[int] = np.flatnonzero(self._shard_N == shard).tolist()

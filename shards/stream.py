@@ -18,7 +18,7 @@ from shards.features import Features
 from shards.manifest import Manifest
 from shards.order import GroupBy, Sampling, train_plan
 from shards.plan import LastBatch, rank_columns
-from shards.remote.coming import elsewhere
+from shards.remote.coming import check_whole_shards, elsewhere
 from shards.share import Failure, Share
 from shards.slots import SentBatch, slots_for
 from shards.types import Batch
@@ -72,8 +72,8 @@ def train_stream(
             fetched together from elsewhere.
 
     Raises:
-        UserError: at once, when the samples or the ranks do not fit the batch size, or a label is unknown; later,
-            when a sample cannot be read and on_error is stop, in its place in the order.
+        UserError: at once, when the samples or the ranks do not fit the batch size, a label is unknown, or the cache is
+            too small; later, when a sample cannot be read and on_error is stop, in its place in the order.
     """
     plan = train_plan(
         manifest,
@@ -99,6 +99,7 @@ def train_stream(
         on_error=on_error,
     )
     if elsewhere(manifest, features):
+        check_whole_shards(plan, manifest, features)
         fetched = rank_columns(batch_size, world, node_ranks or [rank], accumulation)
         share.expect(plan.rows_GB[start_batch:, fetched].reshape(-1), size=len(fetched))
     ranks = len(node_ranks or [rank])

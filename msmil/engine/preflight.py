@@ -19,7 +19,8 @@ from msmil.models.backbone import set_gradient_checkpointing, set_trainable
 from msmil.models.weights import check_weights
 from shards.errors import UserError
 from shards.manifest import Manifest
-from shards.plan import rank_slice
+from shards.plan import EpochPlan, rank_slice
+from shards.remote.coming import check_whole_shards
 
 _COPIES = 3  # weights and Adam's two moments
 
@@ -36,11 +37,12 @@ def check_experiment(config: Config, world: int) -> Manifest:
         refuse_on_cpu(config.train)
     manifest = open_data(config)
     rank_slice(config.train.batch_size, world, 0, config.train.accumulation)
-    check_splits(config, manifest)
+    plan = check_splits(config, manifest)
     with torch.device("meta"):
         network = build_network(config, (manifest.height_px, manifest.width_px), pretrained=False)
     if (features := open_features(config, manifest)) is not None:
         choose_levels(features, network)
+    check_whole_shards(plan, manifest, features)
     set_trainable(network, config.train.trainable_blocks)
     if config.train.gradient_checkpointing:
         set_gradient_checkpointing(network)
@@ -55,12 +57,13 @@ def check_experiment(config: Config, world: int) -> Manifest:
     return manifest
 
 
-def check_splits(config: Config, manifest: Manifest) -> None:
-    """Refuse data sets without a whole global batch to train on, or without validation images."""
-    first_epoch(config, manifest)
+def check_splits(config: Config, manifest: Manifest) -> EpochPlan:
+    """The order of the first epoch. Refuses data without a whole global batch to train on or validation images."""
+    plan = first_epoch(config, manifest)
     if len(manifest.rows("val")) == 0:
         fix = "pack again with --validation-fraction or --validation-fold"
         raise UserError("there are no validation images", file=manifest.place, fix=fix)
+    return plan
 
 
 def _check_space(config: Config, folder: RunFolder, parameter_bytes: int) -> None:

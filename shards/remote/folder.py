@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from shards.cache import Cache
+from shards.cache import LEFT, Cache
 from shards.errors import UserError
 from shards.files import atomic_file, free_bytes, human_bytes, sha256_file
 from shards.remote.store import Store
@@ -85,6 +86,25 @@ class Remote:
             needed, limit = (human_bytes(int(n)) for n in (batch_bytes * LEAST_BATCHES, self.options.limit_bytes))
             thing = f"the cache of {limit} does not hold the {LEAST_BATCHES} batches ({needed}) that it has to"
             raise UserError(thing, fix="set data.cache_gb to more", file=self.options.folder)
+
+    def check_whole(self, sizes: Sequence[int], together: int) -> None:
+        """See that the cache holds so many whole tars at a time, or each would be downloaded again and again.
+
+        Args:
+            sizes: bytes of all tars that are read, the largest first.
+            together: how many are read at a time.
+
+        Raises:
+            UserError: it is too small.
+        """
+        # an eviction makes room for one more, and then some
+        needed_bytes = sum(sizes[: together + 1]) / LEFT
+        if needed_bytes > self.options.limit_bytes:
+            needed, limit = (human_bytes(int(n)) for n in (needed_bytes, self.options.limit_bytes))
+            thing = "the server refuses ranges, so whole shards are downloaded: "
+            thing += f"the cache of {limit} does not hold the {together} that are read at a time ({needed} are needed)"
+            enough_gb = math.ceil(needed_bytes / _BYTES_PER_GB * 10) / 10
+            raise UserError(thing, fix=f"set data.cache_gb to {enough_gb:g} or more", file=self.options.folder)
 
     def check_disk(self) -> None:
         """See that the cache may grow to its bound.

@@ -15,6 +15,7 @@ from msmil.engine.preflight import check_experiment
 from msmil.engine.runtime import Runtime
 from msmil.reporting.run_files import read_run
 from msmil.reporting.sections.data import data_section
+from shards.errors import UserError
 from tests.experiments import write_tiny
 from tests.runs import reset
 from tests.servers import FileServer, serving
@@ -54,6 +55,20 @@ def test_weights_are_the_same(packed: Path, server: FileServer, tmp_path: Path) 
     assert "address" not in json.loads((here / "data.json").read_text())
     assert f"images: {server.url}, read through" in (there / "log.txt").read_text()
     assert f"Read from {server.url}." in data_section(read_run(there, name="there", split="test"), "").body
+
+
+def test_a_cache_too_small_for_whole_shards_is_refused_before_anything_starts(packed: Path, tmp_path: Path) -> None:
+    """The parent of the ranks checks it, too, when the server refuses ranges."""
+    with serving(packed) as refusing:
+        refusing.mode = "refuses"
+        data = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 1e-4, "shuffle_block_shards": 2}
+        config = load_config(write_tiny(tmp_path, Path("unused"), data=data), [f"data.shards={refusing.url}"])
+        with pytest.raises(
+            UserError, match=r"cache of 100\.0 kB does not hold the 4 that are read at a time"
+        ) as caught:
+            check_experiment(config, 2)
+        assert "data.cache_gb" in caught.value.fix
+        assert not refusing.gets()
 
 
 @pytest.mark.parametrize("command", ["pack", "extract", "phantom"])
