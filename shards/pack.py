@@ -42,7 +42,10 @@ from shards.splits import Validation
 from shards.work import check_same, locked, start_or_resume
 
 SAMPLES_PER_SHARD: Final = 256
-_EXPLAINED: Final = {"table_and_images": "the table, the splits or the sizes of the image files have changed"}
+_EXPLAINED: Final = {
+    "table": "the table, the splits or the images that are missing have changed",
+    "table_and_images": "the table, the splits or the sizes of the image files have changed",
+}
 _PROBES: Final = 8
 # Headers, the json member and the row of samples.arrow, per image.
 _OVERHEAD_BYTES: Final = 4096
@@ -64,8 +67,9 @@ def pack(
 ) -> PackReport:
     """Pack an archive into a folder.
 
-    A shard that is whole is kept: the same call after an interruption goes on where it stopped, and after the end it
-    changes nothing. What is written depends on neither `processes` nor interruptions.
+    A shard that is whole is kept: the same call after an interruption goes on where it stopped, also where a broken
+    image that stopped it has been mended, and after the end it changes nothing. What is written depends on neither
+    `processes` nor interruptions.
 
     Args:
         archive: what a source read.
@@ -99,7 +103,7 @@ def pack(
     with locked(work, verb="packs"):
         done = _already_packed(out, plan)
         if done is None:
-            start_or_resume(work, plan.settings, rows_name=SAMPLES_NAME, explained=_EXPLAINED)
+            start_or_resume(work, plan.begun, rows_name=SAMPLES_NAME, explained=_EXPLAINED)
             job = _make_job(archive, out, options, plan)
             _write_shards(job, plan, processes or default_processes(), quiet)
             done = finish(job, plan, archive)
@@ -121,14 +125,15 @@ def _make_job(archive: Archive, out: Path, options: PackOptions, plan: PackPlan)
     rows = [row for shard in plan.shards for row in shard]
     of_id = {row.image_id: row for row in rows}
     in_table = [of_id[row.image_id] for row in archive.rows if row.image_id in of_id]
+    stored = _stored_form(in_table, options)
     return Job(
         out=out,
         recipe=options.recipe,
         codec=options.codec,
         labels=options.labels,
-        stored=_stored_form(in_table, options),
+        stored=stored,
         drop_broken=options.drop_broken,
-        plan=plan.digest,
+        plan=f"{plan.digest} {stored.height_px} x {stored.width_px} {stored.dtype}",
     )
 
 
@@ -151,10 +156,12 @@ def _stored_form(rows: Sequence[SourceRow], options: PackOptions) -> Stored:
 
 
 def _write_shards(job: Job, plan: PackPlan, processes: int, quiet: bool) -> None:
-    left = {i: rows for i, rows in enumerate(plan.shards) if read_sidecar(job.out, i, job.plan) is None}
+    whole = [read_sidecar(job, i, file_bytes) is not None for i, file_bytes in enumerate(plan.file_bytes)]
+    left = {i: rows for i, rows in enumerate(plan.shards) if not whole[i]}
     image_bytes = _check_space(job, [row for rows in left.values() for row in rows])
     tasks = [
-        ShardTask(job=job, index=index, rows=rows, needed_bytes=image_bytes * len(rows)) for index, rows in left.items()
+        ShardTask(job=job, index=i, rows=rows, file_bytes=plan.file_bytes[i], needed_bytes=image_bytes * len(rows))
+        for i, rows in left.items()
     ]
     total = sum(len(rows) for rows in plan.shards)
     run_tasks(

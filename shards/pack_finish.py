@@ -30,7 +30,7 @@ def finish(job: Job, plan: PackPlan, archive: Archive) -> Header:
     packed: list[tuple[int, PackedShard]] = []
     dropped, notes = list(plan.missing), Counter(archive.notes)
     for index in range(len(plan.shards)):
-        shard = read_sidecar(job.out, index, job.plan)
+        shard = read_sidecar(job, index, plan.file_bytes[index])
         assert shard is not None, index
         dropped += shard.dropped
         notes.update(shard.notes)

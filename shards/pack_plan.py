@@ -44,12 +44,22 @@ class PackOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackPlan:
-    """Shards in order, each with its rows; `missing` images as (image_id, reason); digest and readable settings."""
+    """Shards in order, each with its rows.
+
+    file_bytes: sizes of the image files of each shard; missing: images as (image_id, reason); settings: all that was
+    asked for, readable; begun: the same without the sizes, since an image may be mended when packing goes on.
+    """
 
     shards: list[list[SourceRow]]
+    file_bytes: list[list[int]]
     missing: list[tuple[str, str]]
-    digest: str
     settings: dict[str, Any]
+    begun: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Of `begun`."""
+        return hashlib.sha256(json.dumps([SCHEMA_VERSION, self.begun], sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(archive: Archive, options: PackOptions) -> PackPlan:
@@ -78,13 +88,15 @@ def make_plan(archive: Archive, options: PackOptions) -> PackPlan:
         "validation_fold": options.validation.fold,
         "seed": options.seed,
         "samples_per_shard": options.samples_per_shard,
-        "table_and_images": _digest_rows(present, sizes, options.labels),
     }
+    settings = json.loads(json.dumps(settings))
+    shards = cut(present, seed=options.seed, samples_per_shard=options.samples_per_shard)
     return PackPlan(
-        shards=cut(present, seed=options.seed, samples_per_shard=options.samples_per_shard),
+        shards=shards,
+        file_bytes=[[sizes[row.image_id] for row in shard] for shard in shards],
         missing=missing,
-        digest=hashlib.sha256(json.dumps([SCHEMA_VERSION, settings], sort_keys=True).encode()).hexdigest(),
-        settings=json.loads(json.dumps(settings)),
+        settings={**settings, "table_and_images": _digest_rows(present, options.labels, sizes)},
+        begun={**settings, "table": _digest_rows(present, options.labels, {})},
     )
 
 
@@ -149,12 +161,12 @@ def _check_files(rows: Sequence[SourceRow], drop_broken: bool) -> tuple[dict[str
     return sizes, [(row.image_id, error.reason) for row, error in broken]
 
 
-def _digest_rows(rows: Sequence[SourceRow], sizes: dict[str, int], labels: Sequence[str]) -> str:
+def _digest_rows(rows: Sequence[SourceRow], labels: Sequence[str], sizes: dict[str, int]) -> str:
     """Everything about the rows that ends up in the shards, and the sizes of their files; not paths, not the order."""
     digest = hashlib.sha256()
     for row in sorted(rows, key=lambda row: row.image_id):
         told = [row.image_id, row.exam_id, row.patient_id, row.laterality, row.view, row.split, row.fold]
-        told += [row.manufacturer, row.density, row.birads, sizes[row.image_id]]
+        told += [row.manufacturer, row.density, row.birads, sizes.get(row.image_id)]
         told += [[row.labels[label] for label in labels]]
         told += [[[box.label, box.x0, box.y0, box.x1, box.y1] for box in row.boxes]]
         digest.update(json.dumps(told).encode())

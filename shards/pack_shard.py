@@ -43,7 +43,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is the same for all shards of a pack; `plan` is the digest of everything that was asked for."""
+    """What is the same for all shards of a pack; `plan` stands for all that was asked for and the stored form."""
 
     out: Path
     recipe: Recipe
@@ -56,11 +56,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """One tar to write, with its images in order, and about how large it gets."""
+    """One tar to write, with its images in order, the sizes of their files, and about how large it gets."""
 
     job: Job
     index: int
     rows: list[SourceRow]
+    file_bytes: list[int]
     needed_bytes: int
 
 
@@ -171,6 +172,7 @@ def write_shard(task: ShardTask, tick: Callable[[], object]) -> None:
     table = table.append_column(pa.field(PIXELS_COLUMN, pa.binary(32), nullable=False), pa.array(pixels, pa.binary(32)))
     about = {
         "plan": job.plan,
+        "file_bytes": task.file_bytes,
         "num_bytes": writer.num_bytes,
         "sha256": writer.sha256().hex(),
         "dropped": dropped,
@@ -181,15 +183,15 @@ def write_shard(task: ShardTask, tick: Callable[[], object]) -> None:
         sidecar.write_table(table)
 
 
-def read_sidecar(out: Path, index: int, plan: str) -> PackedShard | None:
-    """What an earlier process packed as this shard of this plan, or None where it did not finish it."""
-    path, tar = sidecar_path(out, index), out / shard_name(index)
+def read_sidecar(job: Job, index: int, file_bytes: list[int]) -> PackedShard | None:
+    """What an earlier process packed as this shard from files of these sizes, or None where it did not finish it."""
+    path, tar = sidecar_path(job.out, index), job.out / shard_name(index)
     if not path.is_file():
         return None
     with pa.OSFile(str(path)) as file:
         table = pa.ipc.open_file(file).read_all()
     about: dict[str, Any] = json.loads(table.schema.metadata[b"shard"])
-    if about["plan"] != plan:
+    if about["plan"] != job.plan or about["file_bytes"] != file_bytes:
         return None
     if table.num_rows and not (tar.is_file() and tar.stat().st_size == about["num_bytes"]):
         return None

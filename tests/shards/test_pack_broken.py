@@ -162,3 +162,43 @@ def test_after_an_error_the_same_pack_goes_on_with_broken_images_left_out(
         pack_grouped(tiny_archive, out)
     pack_grouped(tiny_archive, out, drop_broken=True)
     assert contents(out) == contents(tmp_path / "dropped")
+
+
+def interrupted(archive: GroupedArchive, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Pack until every shard is whole, and no further."""
+
+    def finish(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.pack.finish", finish)
+        with pytest.raises(KeyboardInterrupt):
+            pack_grouped(archive, out, **options)
+
+
+def test_an_image_that_is_mended_changes_its_own_shard_alone(
+    tiny_archive: GroupedArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_grouped(tiny_archive, tmp_path / "whole", drop_broken=True)
+    good = tiny_archive.path(7).read_bytes()
+    tiny_archive.path(7).write_text("hello")
+    out = tmp_path / "out"
+    interrupted(tiny_archive, out, monkeypatch, drop_broken=True)
+    tiny_archive.path(7).write_bytes(good)
+    times = {tar: tar.stat().st_mtime_ns for tar in out.glob("*.tar")}
+    pack_grouped(tiny_archive, out, drop_broken=True)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sum(tar.stat().st_mtime_ns != time for tar, time in times.items()) == 1
+
+
+def test_where_the_image_that_decides_the_size_is_mended_nothing_is_kept(
+    tiny_archive: GroupedArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_grouped(tiny_archive, tmp_path / "whole", drop_broken=True)
+    good = tiny_archive.path(0).read_bytes()
+    save(tiny_archive.path(0), COLOUR[:60, :, 0])
+    out = tmp_path / "out"
+    interrupted(tiny_archive, out, monkeypatch, drop_broken=True)
+    tiny_archive.path(0).write_bytes(good)
+    pack_grouped(tiny_archive, out, drop_broken=True)
+    assert contents(out) == contents(tmp_path / "whole")
