@@ -22,7 +22,8 @@ def draw_distractors(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas)
         _island(rng, anatomy, canvas, layer_HW)
     for _ in range(rng.integers(1, 3)):
         _lymph_node(rng, anatomy, canvas, layer_HW)
-    _calcifications(rng, anatomy, canvas, layer_HW)
+    _single_calcifications(rng, anatomy, canvas, layer_HW)
+    _bright_spots(rng, anatomy, canvas, layer_HW)
     if rng.random() < 0.1:
         _vascular_calcification(rng, vessels[0][0].points_mm, canvas, layer_HW)
     return layer_HW
@@ -93,13 +94,17 @@ def _lymph_node(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, laye
     layer_HW[window] += node.astype(np.float32)
 
 
-def _calcifications(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, layer_HW: Float) -> None:
-    """Single calcifications of the same make as those in clusters, and coarse ones brighter than any lesion."""
+def _single_calcifications(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, layer_HW: Float) -> None:
+    """Of the same make as those in clusters, scattered."""
     single = _points(rng, anatomy, canvas, int(rng.integers(4, 17)), 2, apart_mm=7)
     n = len(single)
     add_spots(
         layer_HW, canvas, single[:, 0], single[:, 1], rng.uniform(*SPOT_SIGMA_MM, n), rng.uniform(*SPOT_AMPLITUDE, n)
     )
+
+
+def _bright_spots(rng: np.random.Generator, anatomy: Anatomy, canvas: Canvas, layer_HW: Float) -> None:
+    """Coarse calcifications, brighter than any lesion."""
     coarse = _points(rng, anatomy, canvas, int(rng.integers(1, 5)), 3)
     n = len(coarse)
     add_spots(layer_HW, canvas, coarse[:, 0], coarse[:, 1], rng.uniform(0.5, 1.6, n), rng.uniform(0.95, 1.4, n))
