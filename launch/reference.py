@@ -1,7 +1,7 @@
 """The generated pages of the documentation: every option of an experiment, and every command.
 
-`python -m launch.reference` prints the options; with README.md behind it, writes them there. The texts are the dataclasses'
-own docs and the commands' own help.
+`python -m launch.reference` prints the options; with README.md behind it, writes them there. The texts are the
+dataclasses' own docs and the commands' own help.
 """
 
 from __future__ import annotations

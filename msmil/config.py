@@ -202,7 +202,7 @@ class TrainConfig:
         "frozen", "backbone statistics: kept, moved per rank and averaged each step, or synchronised (GPUs)"
     )
     gradient_checkpointing: bool = opt(False, "recompute the backbone's activations: less memory, more time")
-    channels_last: bool = opt(True, "memory format of convolutions; under deepspeed weights are contiguous all the same")
+    channels_last: bool = opt(True, "memory format of convolutions; under deepspeed weights are contiguous")
     compile: bool = opt(False, "torch.compile the model")
     timeout_s: int = opt(1800, "seconds that ranks wait for one that does not answer before all end (exit code 75)")
     ema_decay: float = opt(0.0, "decay of the averaged weights that are evaluated and exported; 0 is off")
