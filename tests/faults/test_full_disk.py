@@ -41,9 +41,7 @@ def fill(file: Path) -> None:
             ballast.write(chunk)
 
 
-def test_all_ranks_stop_with_one_error_and_the_run_resumes(
-    launcher: Launcher, small_disk: Path, packed: Path
-) -> None:
+def test_all_ranks_stop_with_one_error_and_the_run_resumes(launcher: Launcher, small_disk: Path, packed: Path) -> None:
     sections = {"train": {"epochs": 300}, "checkpoint": {"every_steps": 1, "keep_last": 1}}
     config = write_tiny(small_disk, packed, **sections)
     checkpoints = small_disk / "runs" / "tiny" / "checkpoints"
