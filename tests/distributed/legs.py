@@ -68,7 +68,7 @@ def train_leg(leg: dict[str, Any]) -> None:
     if dtype == torch.float64:
         run.network.double().backbone.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
     told: dict[str, Any] = {"world": runtime.world, "start": run.state.step, "losses": [], "samples": [], "due": []}
-    told["skipped"] = 0
+    told |= {"skipped": 0, "norms": [], "micro_batches": []}
     gradients: dict[str, torch.Tensor] = {}
     validates = leg.get("validates", [])
     while run.state.step < leg["until"]:
@@ -148,7 +148,7 @@ def forwards_of(run: Run) -> Iterator[list[tuple[int, bool]]]:
 
 
 def watched_stream(seen: list[tuple[int, str]]) -> Callable[..., Iterator[Batch]]:
-    return lambda *arguments, **more: watched(evaluation_stream(*arguments, **more), seen)
+    return lambda *arguments, **more: watched(evaluation_stream(*arguments, **more), seen, [])
 
 
 def train_epoch_until(
@@ -165,22 +165,26 @@ def train_epoch_until(
         if run.state.step in validates:
             validate(run)
         seen: list[tuple[int, str]] = []
+        sizes: list[int] = []
         report = run.stepper(
-            watched(batches, seen), epoch=epoch, step=run.state.step, timer=PhaseTimer(runtime.synchronize)
+            watched(batches, seen, sizes), epoch=epoch, step=run.state.step, timer=PhaseTimer(runtime.synchronize)
         )
         run.state = after_step(run, epoch, index)
         told["losses"].append(report.losses["total"])
+        told["norms"].append(report.gradient_norm)
         told["skipped"] += report.skipped
         told["samples"].append(seen)
+        told["micro_batches"].append(sizes)
         if report.save:
             told["due"].append(run.state.step)
     run.state = replace(run.state, epoch=epoch + 1, batches_done=0)
 
 
-def watched(batches: Iterator[Batch], seen: list[tuple[int, str]]) -> Iterator[Batch]:
-    """The batches that a step receives; row and pixels of each sample are written down."""
+def watched(batches: Iterator[Batch], seen: list[tuple[int, str]], sizes: list[int]) -> Iterator[Batch]:
+    """The batches that a step receives; row and pixels of each sample are written down, and each batch's images."""
     for batch in batches:
         assert batch.image_B1HW is not None
+        sizes.append(len(batch.image_B1HW))
         for row, image_1HW, weight in zip(batch.sample_B.tolist(), batch.image_B1HW, batch.weight_B, strict=True):
             if weight > 0:
                 seen.append((row, hashlib.sha256(image_1HW.numpy().tobytes()).hexdigest()[:16]))

@@ -17,6 +17,7 @@ STEPS, BATCH = 5, 18  # an epoch and more; no divisor of the 60 images, nor a mu
 PREDICTED = 4  # images of a rank's batch: of nine images the second rank of two has a batch more, which is short
 ORDERS: dict[str, dict[str, Any]] = {
     "pad": {},
+    "drop": {"last_batch": "drop"},
     "wrap": {"last_batch": "wrap"},
     "balanced": {"sampling": "class_balanced"},
     "exams": {"group_by": "exam"},
@@ -57,7 +58,9 @@ def order_legs(runs: Runs, ranks: int) -> list[dict[str, Any]]:
     goes_on = {"run": "one", "evaluate": {"batch_size": PREDICTED}, "predict": True}
     legs.append(runs.leg(f"predict_{ranks}", 0, **goes_on))
     if ranks > 1:
-        legs.append(runs.leg(f"predict_zero_{ranks}", 0, train=zero(3), threshold=0, **goes_on))
+        legs += [
+            runs.leg(f"predict_zero{stage}_{ranks}", 0, train=zero(stage), threshold=0, **goes_on) for stage in (2, 3)
+        ]
     if ranks == 2:
         legs.append(runs.leg("workers", STEPS, train={"batch_size": BATCH}, data={"workers": 2}))
     if ranks == 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from msmil.reporting.curves import read_curves
 from shards.manifest import read_manifest
 from tests.archives import LABELS
 from tests.distributed.order import BATCH, ORDERS, PREDICTED, TOO_FEW, order_legs, pack_unusual
-from tests.distributed.runs import Runs, zero
+from tests.distributed.runs import CLIP, Runs, zero
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # worlds have deadlines of their own
 
@@ -26,32 +27,69 @@ ENGINES = {
     "zero3": zero(3),
     "offload": zero(2, offload_optimizer=True),
 }
+ON_THREE = {"ddp_3": {}, "zero2_3": zero(2), "zero3_3": zero(3)}
+FEWER = {"zero3_3": 6}  # of the 20 steps: divided weights take three ranks longest
+WARM_UP = {"warm_up_zero2": zero(2), "warm_up_zero3": zero(3)}
+WARM, THAWED = 5, 3  # steps of the epoch in which heads alone train, and behind it
 VALIDATED = [1, STEPS]
-WORLDS = [(2, name) for name in ENGINES] + [(3, "double")]
+WORLDS = [(2, name) for name in ENGINES] + [(3, name) for name in (*ON_THREE, "double")]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Runs:
-    """One rank; two ranks under every engine; three under DDP. One rank and ZeRO-3 validate now and then."""
+    """One rank; two ranks under every engine, three under some. One rank and ZeRO-3 validate now and then."""
     runs = Runs(tmp_path_factory.mktemp("engines"), packed)
     bf16 = {"precision": "bf16"}
     pack_unusual(runs.folder)
-    one = runs.leg("one", STEPS, validates=VALIDATED)
-    runs.train(1, [one, runs.leg("one_double", STEPS, dtype="float64"), *order_legs(runs, 1)])
+    legs = [runs.leg("one", STEPS, validates=VALIDATED), runs.leg("one_double", STEPS, dtype="float64")]
+    legs += [runs.leg("unclipped", STEPS, optim={"clip_grad_norm": 0.0}), warm_up(runs, "warm_up", {})]
+    runs.train(1, [*legs, *order_legs(runs, 1)])
     seen = {"zero3": {"validates": VALIDATED, "tracking": {"images": 1}}}
     legs = [runs.leg(name, STEPS, train=words, threshold=0, **seen.get(name, {})) for name, words in ENGINES.items()]
     legs += [runs.leg("bf16", STEPS, train=bf16), runs.leg("zero2_bf16", STEPS, train=zero(2, **bf16))]
     legs.append(runs.leg("zero3_bf16", 1, train=zero(3, **bf16), threshold=0))
+    legs += [warm_up(runs, name, words) for name, words in WARM_UP.items()]
     runs.train(2, [*legs, *order_legs(runs, 2)])
-    runs.train(3, [runs.leg("double", STEPS, dtype="float64"), *order_legs(runs, 3)])
+    legs = [runs.leg(name, FEWER.get(name, STEPS), train=words, threshold=0) for name, words in ON_THREE.items()]
+    runs.train(3, [*legs, runs.leg("double", STEPS, dtype="float64"), *order_legs(runs, 3)])
     return runs
+
+
+def warm_up(runs: Runs, name: str, words: dict[str, Any]) -> dict[str, Any]:
+    return runs.leg(name, WARM + THAWED, train={"batch_size": 12, "head_warmup_epochs": 1, **words}, threshold=0)
 
 
 @pytest.mark.parametrize(("ranks", "name"), WORLDS)
 def test_gradients_losses_and_samples_are_those_of_one_rank(runs: Runs, ranks: int, name: str) -> None:
     told, one = runs.told(name), runs.told("one_double" if name == "double" else "one")
-    assert (told.world, len(told.losses)) == (ranks, STEPS)
+    assert (told.world, len(told.losses)) == (ranks, FEWER.get(name, STEPS))
     told.agrees_with(one, bound=1e-10 if name == "double" else 1e-5)
+
+
+def test_parameters_do_not_divide_evenly_among_three_ranks(runs: Runs) -> None:
+    """Neither each of them, as ZeRO-3 divides them, nor all in a row: else what is done with the rest goes unseen."""
+    sizes = [gradient.numel() for gradient in runs.told("zero3_3").gradients.values()]
+    assert sum(size % 3 > 0 for size in sizes) > len(sizes) / 2
+    assert sum(sizes) % 3
+
+
+def test_an_engine_that_did_not_clip_would_be_seen(runs: Runs) -> None:
+    """Most gradients are longer than the bound; losses without it differ a hundred times more than engines may."""
+    one, unclipped = runs.told("one"), runs.told("unclipped")
+    assert STEPS / 2 < sum(norm > CLIP for norm in one.norms) < STEPS
+    differences = np.abs(np.array(one.losses) / np.array(unclipped.losses) - 1)
+    assert max(differences[: min(FEWER.values())]) > 1e-3
+
+
+@pytest.mark.parametrize("name", WARM_UP)
+def test_what_trains_may_change_within_a_run(runs: Runs, name: str) -> None:
+    """The backbone is frozen for an epoch; then a new engine goes on with Adam's moments of the heads."""
+    told = runs.told(name)
+    told.agrees_with(runs.told("warm_up"), bound=1e-5)
+    assert not any(key.startswith("backbone.") for key in told.gradients)
+    saved = runs.saved(name, WARM + THAWED)
+    updates = {("/backbone." in key, float(x)) for key, x in saved.items() if key.endswith("/step")}
+    assert updates == {(True, THAWED), (False, WARM + THAWED)}
 
 
 def test_deepspeed_knows_the_types_that_modules_take_and_give(runs: Runs) -> None:
@@ -139,6 +177,11 @@ def test_the_options_of_the_order_hold_for_what_steps_received(runs: Runs, packe
         assert sorted(row for step in epoch(name) for row in step) == train
     for step in epoch("exams"):
         assert all({row for row in train if exam_of[row] == exam_of[own]} <= set(step) for own in step)
+    *dropping, following = epoch("drop")
+    dropped = sorted(row for step in dropping for row in step)
+    assert dropped == sorted(set(dropped))
+    assert len(dropped) == len(train) // BATCH * BATCH < len(train)
+    assert not set(train) - set(dropped) <= set(following), "not the rest, but the next epoch"
     wrapped = [row for step in epoch("wrap") for row in step]
     assert len(wrapped) == steps * BATCH
     assert set(wrapped) == set(train)
@@ -152,7 +195,7 @@ def test_the_options_of_the_order_hold_for_what_steps_received(runs: Runs, packe
     assert 0.3 * len(train) < 4 * len(share) < 0.7 * len(train)
 
 
-@pytest.mark.parametrize("name", ["predict_2", "predict_3", "predict_zero_2", "predict_zero_3"])
+@pytest.mark.parametrize("name", ["predict_2", "predict_3", *(f"predict_zero{n}_{m}" for n in (2, 3) for m in (2, 3))])
 def test_every_image_is_predicted_once_and_alike_on_any_number_of_ranks(runs: Runs, name: str) -> None:
     """Two images and one image are fewer than three ranks."""
     told, one = runs.told(name), runs.told("predict_1")
@@ -171,8 +214,8 @@ def test_every_image_is_predicted_once_and_alike_on_any_number_of_ranks(runs: Ru
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_where_weights_are_divided_ranks_fill_up_with_blank_batches(runs: Runs, ranks: int) -> None:
     """A forward waits for all ranks there. Elsewhere each has its own batches, and no more."""
-    for together in (True, False):
-        told = runs.told(f"predict_zero_{ranks}" if together else f"predict_{ranks}")
+    for engine, together in (("_zero3", True), ("_zero2", False), ("", False)):
+        told = runs.told(f"predict{engine}_{ranks}")
         for found in told.predictions.values():
             most = max(len(rank) for rank in found["forwards"])
             for forwards, own in zip(found["forwards"], found["forwarded"], strict=True):
