@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,13 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
-def signum(request: pytest.FixtureRequest) -> signal.Signals:
-    signum: signal.Signals = request.param
-    return signum
+def signum(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that is not ignored, as nohup would have it."""
+    before = signal.getsignal(request.param)
+    if before is signal.SIG_IGN:
+        signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
 
 
 def test_a_rank_hears_what_its_launcher_is_told(signum: signal.Signals, tmp_path: Path) -> None:
