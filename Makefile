@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 # in the order of the folders: the files with few, long tests come first, so that no core waits at the end
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # order, worlds, resume, faults, what is saved and exported, streams from elsewhere, launchers, its benchmarks
-ENGINE := $(addprefix tests/,distributed faults cluster benchmarks shards/remote msmil/engine/bench \
+ENGINE := $(addprefix tests/,distributed faults cluster shards/remote msmil/engine/bench \
+    $(addprefix benchmarks/test_,manifest.py order.py saving.py) \
     $(addprefix shards/test_,balance.py codecs.py exams.py plan.py reader.py slots.py stream.py subset.py workers.py) \
     $(addprefix msmil/engine/test_,bf16.py checkpoint.py compiled.py elsewhere.py export.py runtime.py saving.py watchdog.py) \
     $(addprefix launch/test_,bench_command.py bench_scaling.py doctor_collectives.py export_command.py train_elsewhere.py))
