@@ -33,7 +33,7 @@ test-fast: install
 test-long: install
 	$(BIN)/python -m pytest $(PARALLEL) -m long --durations=10
 
-# of both kinds, the fast and the long, what concerns the engine: under ten minutes on two cores
+# of both kinds, the fast and the long, what concerns the engine: about ten minutes on two cores
 test-engine: install
 	$(BIN)/python -m pytest $(PARALLEL) $(ENGINE) --durations=10
 
