@@ -51,7 +51,8 @@ def refuse_environment(
         refuse(steps, "train.accumulation", config.accumulation)
     if "ACCELERATE_DYNAMO_BACKEND" in said:
         refuse("ACCELERATE_DYNAMO_BACKEND", "train.compile", config.compile)
-    if clip_grad_norm is not None and _CLIPPING in said and float(said[_CLIPPING]) != clip_grad_norm:
+    same = {str(clip_grad_norm), f"{clip_grad_norm or 0:g}"}  # 1.0 and 1
+    if clip_grad_norm is not None and said.get(_CLIPPING, str(clip_grad_norm)) not in same:
         refuse(_CLIPPING, "optim.clip_grad_norm", clip_grad_norm)
     if config.engine == "deepspeed":
         for variable, (key, value) in _of_deepspeed(config).items():

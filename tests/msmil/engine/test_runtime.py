@@ -62,15 +62,16 @@ ZERO_2 = {
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, ("PARAM_DEVICE=cpu", "train.offload_optimizer")),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, ("ds.json", "train.engine: deepspeed")),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, ("CLIPPING=0.5", "optim.clip_grad_norm: 1")),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "auto"}, ("CLIPPING=auto", "optim.clip_grad_norm: 1")),
     ],
 )
 def test_a_section_on_deepspeed_agrees_or_is_refused(variables: dict[str, str], both: tuple[str, ...]) -> None:
     config = TrainConfig(engine="deepspeed", zero_stage=2, offload_optimizer=True)
     if not both:
-        refuse_environment(config, ZERO_2, clip_grad_norm=1)
+        refuse_environment(config, ZERO_2, clip_grad_norm=1.0)
         return
     with pytest.raises(UserError) as error:
-        refuse_environment(config, ZERO_2 | variables, clip_grad_norm=1)
+        refuse_environment(config, ZERO_2 | variables, clip_grad_norm=1.0)
     assert all(value in str(error.value) for value in both)
 
 

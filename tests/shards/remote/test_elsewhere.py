@@ -27,7 +27,7 @@ from shards.remote.folder import RemoteOptions
 from shards.stream import evaluation_stream, train_plan, train_stream
 from shards.types import Batch
 from tests.archives import LABELS
-from tests.elsewhere import only, pack_large, times_sent
+from tests.elsewhere import only, times_sent
 from tests.features import make_features
 from tests.servers import FileServer, serving
 from tests.worlds import wait_for
@@ -38,11 +38,6 @@ ORDER: dict[str, Any] = {"seed": 3, "epoch": 1, "batch_size": 8, "last_batch": "
 LOADING: dict[str, Any] = {"workers": 0, "prefetch_batches": 2, "pin_memory": False}
 MB = 1e-3  # in GB
 DEADLINE_S = 120
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_large(tmp_path_factory.mktemp("large"))
 
 
 @pytest.fixture

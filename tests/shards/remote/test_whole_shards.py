@@ -19,7 +19,6 @@ from shards.remote.folder import RemoteOptions
 from shards.stream import train_stream
 from shards.types import Batch
 from tests.archives import LABELS
-from tests.elsewhere import pack_large
 from tests.features import make_features
 from tests.servers import FileServer, serving
 
@@ -28,11 +27,6 @@ pytestmark = pytest.mark.long
 BLOCK_SHARDS = 2
 ORDER: dict[str, Any] = {"seed": 3, "batch_size": 2, "last_batch": "pad", "block_shards": BLOCK_SHARDS}
 LOADING: dict[str, Any] = {"accumulation": 1, "prefetch_batches": 2, "pin_memory": False}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_large(tmp_path_factory.mktemp("large"))
 
 
 @pytest.fixture
