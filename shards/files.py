@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,18 +22,19 @@ _MAKE_ROOM: Final = "make room, or write to another disk, and run the same comma
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user can still write to the file system of `folder`."""
-    return shutil.disk_usage(folder).free
+    """Bytes that this user can still write to the file system of `folder`; the largest number if it has no limit."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else sys.maxsize  # a tmpfs with size=0 tells no sizes
 
 
 def human_bytes(count: int) -> str:
     """A size for people: 1.5 GB."""
     size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
+    for unit in ("bytes", "kB", "MB", "GB", "TB", "PB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
-    return f"{size:.1f} TB"
+    return f"{size:.1f} EB"
 
 
 def sha256_file(path: Path) -> bytes:

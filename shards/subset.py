@@ -69,11 +69,13 @@ def patient_share(
         fraction: the share.
         seed: of the choice.
     """
-    combinations, kind_P = np.unique(positive_PK, axis=0, return_inverse=True)
+    kind_P = np.zeros(len(positive_PK), np.int64)
+    for positive_P in positive_PK.T:  # numbers sort several times faster than rows
+        _, first, kind_P = np.unique(2 * kind_P + positive_P, return_index=True, return_inverse=True)
     digest_P = np.array([_number(seed, patient) for patient in patients], np.uint64)
     order_P = np.lexsort((digest_P, kind_P))
     size = np.bincount(kind_P)
-    texts = ["".join("01"[flag] for flag in combination) for combination in combinations.tolist()]
+    texts = ["".join("01"[flag] for flag in combination) for combination in positive_PK[first].tolist()]
     start = np.array([_number(seed, f"\0{text}") / 2**64 for text in texts])
     kind = kind_P[order_P]
     place = np.arange(len(order_P)) - (np.cumsum(size) - size)[kind]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from msmil.engine.runtime import gpu_in_use, refuse_on_cpu
 from msmil.models.backbone import set_gradient_checkpointing, set_trainable
 from msmil.models.weights import check_weights
 from shards.errors import UserError
+from shards.files import free_bytes
 from shards.manifest import Manifest
 from shards.plan import EpochPlan, rank_slice
 from shards.remote.coming import check_whole_shards
@@ -71,7 +71,7 @@ def _check_space(config: Config, folder: RunFolder, parameter_bytes: int) -> Non
     copies = _COPIES + (1 if config.train.ema_decay else 0)
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # and the one being written
     needed = parameter_bytes * copies * kept
-    free = shutil.disk_usage(nearest).free
+    free = free_bytes(nearest)
     if free < needed:
         thing = f"the checkpoints of this run need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         raise UserError(thing, file=nearest, fix="free space, lower checkpoint.keep_last or choose another output_dir")

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from shards.files import atomic_folder, put_back_folders, remove_leftovers
+from shards.files import atomic_folder, free_bytes, put_back_folders, remove_leftovers
 
 # A process that kills itself in front of a certain rename or deletion of the work that it is given.
 KILLED = """
@@ -95,3 +96,11 @@ def test_what_was_half_deleted_does_not_come_back(tmp_path: Path) -> None:
     assert "step_1" not in names(tmp_path)
     remove_leftovers(tmp_path)
     assert not names(tmp_path)
+
+
+def test_a_file_system_without_a_limit_is_not_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tmpfs that is mounted with size=0 (podman run --shm-size=0) tells no sizes."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
+    assert free_bytes(tmp_path) == sys.maxsize
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10, used=10, free=0))
+    assert free_bytes(tmp_path) == 0
