@@ -1,12 +1,11 @@
-# make demo: the main job on data it makes itself;  make test: lint, types, the fast tests and the main job's, in ten
-# minutes on two cores;  make test-long: the tests that take longer;  make docs: the documentation, in site/. All make
-# the venv they need.
+# make demo: the main job on data it makes itself;  make test: lint, types and all tests;  make docs: the documentation,
+# in site/. All make the venv they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # in the order of the folders: the files with few, long tests come first, so that no core waits at the end
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+FILES := --dist loadfile --no-loadscope-reorder
 # order, worlds, resume, faults, what is saved and exported, streams from elsewhere, launchers, its benchmarks
 ENGINE := $(addprefix tests/,distributed faults cluster shards/remote msmil/engine/bench \
     $(addprefix benchmarks/test_,manifest.py order.py saving.py) \
@@ -14,30 +13,26 @@ ENGINE := $(addprefix tests/,distributed faults cluster shards/remote msmil/engi
     $(addprefix msmil/engine/test_,bf16.py checkpoint.py compiled.py elsewhere.py export.py runtime.py saving.py watchdog.py) \
     $(addprefix launch/test_,bench_command.py bench_scaling.py doctor_collectives.py export_command.py train_elsewhere.py))
 
-.PHONY: demo test test-fast test-long test-engine test-all lint types docs figures install clean
+# the tests start hundreds of processes, and each would compile what it imports
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test test-fast test-engine lint types docs figures install clean
 
 demo: install
 	$(BIN)/msmil demo
 
 # Coverage makes Python slower by a third to a half. It is measured where it says most: the slow tests start processes,
-# which it does not see.
+# which it does not see. Many of these wait (for a rank that hangs, for SLURM): three at a time keep two cores busy.
 test: lint types
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long" --cov --cov-report=term
-	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not long" --durations=10
-	@echo "What takes longer: make test-long"
+	$(BIN)/python -m pytest -n 2 $(FILES) -m "not slow" --cov --cov-report=term
+	$(BIN)/python -m pytest -n 3 $(FILES) -m slow --durations=10
 
 test-fast: install
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
+	$(BIN)/python -m pytest -n 2 $(FILES) -m "not slow"
 
-# every engine in every world, faults by the dozen, a cluster, what is exported, browsers, every command of the pages
-test-long: install
-	$(BIN)/python -m pytest $(PARALLEL) -m long --durations=10
-
-# of both kinds, the fast and the long, what concerns the engine: about ten minutes on two cores
+# of both kinds, the fast and the slow, what concerns the engine
 test-engine: install
-	$(BIN)/python -m pytest $(PARALLEL) $(ENGINE) --durations=10
-
-test-all: test test-long
+	$(BIN)/python -m pytest -n 3 $(FILES) $(ENGINE) --durations=10
 
 lint: install
 	$(BIN)/ruff check .

@@ -95,6 +95,9 @@ def check_engine(train: TrainConfig) -> None:
     if train.engine == "ddp":
         fix = "set train.engine: deepspeed, or train.offload_optimizer: false"
         require(not train.offload_optimizer, "train.offload_optimizer", True, fix)
+        stage = type(train).zero_stage
+        fix = f"set train.engine: deepspeed, or train.zero_stage: {stage}, its default"
+        require(train.zero_stage == stage, "train.zero_stage (with engine: ddp)", train.zero_stage, fix)
         return
     fix = "set train.compile: false, or train.engine: ddp"
     require(not train.compile, "train.compile (with engine: deepspeed)", train.compile, fix)

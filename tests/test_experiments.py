@@ -25,7 +25,7 @@ from msmil.models.backbone import set_trainable
 from tests.archives import LABELS
 from tests.experiments import TINY
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs" / "experiment").rglob("*.yaml"))

@@ -87,7 +87,7 @@ def require_engine(config: TrainConfig) -> None:
 
 def without_engine(config: TrainConfig) -> TrainConfig:
     """The same for ranks that train nothing: whole weights on each, whatever trained them."""
-    return replace(config, engine="ddp", offload_optimizer=False)
+    return replace(config, engine="ddp", zero_stage=TrainConfig.zero_stage, offload_optimizer=False)
 
 
 def default_ranks(num_gpus: int) -> int:

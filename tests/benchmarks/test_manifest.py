@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks.manifest import in_a_fresh_process, write_rows
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 def test_a_million_images_open_in_less_than_a_second_and_cost_a_worker_less_than_50_mb(tmp_path: Path) -> None:

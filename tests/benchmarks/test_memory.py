@@ -12,7 +12,7 @@ from msmil.config_io import config_from_dict
 from tests.benchmarks.memory import main, network_as_trained, peak_bytes, step_bytes
 from tests.experiments import TINY
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

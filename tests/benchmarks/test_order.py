@@ -7,7 +7,7 @@ import pytest
 from tests.benchmarks.order import ORDERS, main
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_it_prints_a_line_per_order_within_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--images", "20000", "--ranks", "16", "--batch-size", "64"])
     first, _, _, *lines = capsys.readouterr().out.splitlines()

@@ -7,7 +7,7 @@ import torch
 
 from tests.benchmarks.variants import PLAIN, experiments, main, make_variant
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 WHOLE = 1536 * 1024  # 1520 x 912, padded
 

@@ -23,7 +23,7 @@ from tests.faults.experiments import ON, write_full
 from tests.faults.launcher import digests, poll
 from tests.worlds import wait_for, world
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DEADLINE_S = 200
 SPREAD = ("--nodes=2", "--ntasks=2")

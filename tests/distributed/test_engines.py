@@ -15,7 +15,7 @@ from tests.archives import LABELS
 from tests.distributed.order import BATCH, ORDERS, PREDICTED, TOO_FEW, order_legs, pack_unusual
 from tests.distributed.runs import CLIP, Runs, zero
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # worlds have deadlines of their own
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # worlds have deadlines of their own
 
 STEPS = 20
 ENGINES = {

@@ -18,7 +18,7 @@ STEPS = 8
 LARGE = 2.0**60  # no gradient of fp16 bears it
 OVERFLOWS = 3
 STAGES = (0, 2, 3)  # stage 1 is DeepSpeed's code of stage 2
-slow = pytest.mark.long
+slow = pytest.mark.slow
 pytestmark = pytest.mark.timeout(600)  # worlds have deadlines of their own
 
 

@@ -73,7 +73,7 @@ main_process_port: 0
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_of_a_file_with_deepspeed_train(tmp_path: Path, packed: Path) -> None:
     """accelerate's own launcher of DeepSpeed; what the file says of it is what the experiment says."""
     (tmp_path / "two.yaml").write_text(DEEPSPEED)

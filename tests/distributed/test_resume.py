@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed.runs import Runs, zero
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # worlds have deadlines of their own
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # worlds have deadlines of their own
 
 CUT, END = 3, 7  # an epoch has five steps
 VALIDATED = [0, 2, END]

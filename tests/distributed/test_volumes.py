@@ -12,7 +12,7 @@ from tests.distributed.runs import zero
 from tests.experiments import write_tiny
 from tests.worlds import world
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"accumulation": 3},

@@ -39,7 +39,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseExceptio
     return found
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # of all commands together: the first test runs them
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_command_works(line: str, outcomes: dict[str, BaseException | None]) -> None:

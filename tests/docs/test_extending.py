@@ -19,7 +19,7 @@ from tests.archives import make_grouped_archive, write_csv
 from tests.docs.pages import ROOT, blocks, commands
 from tests.worlds import run
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 PAGE = "docs/extending.md"
 DEADLINE_S = 150.0

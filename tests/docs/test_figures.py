@@ -15,7 +15,7 @@ from tests.worlds import run
 IMAGES = ROOT / "docs" / "images"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_method_is_drawn_by_its_script(tmp_path: Path) -> None:
     out = tmp_path / "method.png"
     done = run([sys.executable, "docs/figures/method.py", str(out)], deadline_s=60)

@@ -72,7 +72,7 @@ def test_the_first_page_is_the_readme(site: Path) -> None:
     assert all(f">{heading}<" in html for heading in headings)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_pages_are_whole_on_a_desk_and_on_a_telephone(site: Path) -> None:
     with browser() as page:
         for width in (1280, 400):
@@ -85,7 +85,7 @@ def test_pages_are_whole_on_a_desk_and_on_a_telephone(site: Path) -> None:
                 assert overflow_px(page) == 0, f"{name} at {width} px"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_search_finds_an_option_without_a_server(site: Path) -> None:
     with browser() as page:
         page.get((site / "index.html").as_uri())

@@ -27,7 +27,7 @@ from tests.faults.launcher import Launcher, Started, poll
 from tests.faults.places import step_of
 from tests.worlds import environment
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 LONG = {"train": {"epochs": 5000}, "evaluate": {"every_epochs": 5000}, "checkpoint": {"keep_last": 1}}
 
@@ -117,7 +117,7 @@ def test_a_sample_is_skipped_on_all_ranks_alike_counted_named_and_shown(
     row = int(plan.batch(0)[0][-1])
     flip(manifest, row)
     started = launcher.start(config, fault="tests.faults.hooks:stop_request_in_step_2")
-    assert launcher.wait(started) == [143, 143]
+    assert launcher.wait(started, end_others=False) == [143, 143]
     run = tmp_path / "runs" / "two"
     checkpoint = newest(run / "checkpoints")
     assert checkpoint is not None
@@ -152,7 +152,7 @@ def test_too_many_skipped_samples_stop_all_ranks_with_the_same_message(
     row = int(manifest.rows("train")[0])
     remove(manifest, row)
     started = launcher.start(skipping(tmp_path, manifest, "gone", largest=0.05))
-    assert launcher.wait(started) == [2, 2]
+    assert launcher.wait(started, end_others=False) == [2, 2]
     assert len(set(started.failures)) == 1
     assert "data.max_skipped_fraction" in started.failures[0]
     assert tar_of(manifest, row) in started.failures[0]

@@ -16,11 +16,12 @@ import pytest
 
 from launch.ranks import EXIT_HUNG
 from msmil.engine.watchdog import EXIT_HUNG as ENGINES_EXIT_HUNG
+from tests.distributed.runs import zero
 from tests.experiments import write_tiny
 from tests.faults.launcher import Launcher
 from tests.worlds import ROOT, alive, children_running, environment, wait_for
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TIMEOUT_S = 6
 SLOW_START_S = 15  # while real launchers start on a busy machine, one rank imports what another has long imported
@@ -53,7 +54,7 @@ class World:
 
 def start(folder: Path, packed: Path, launcher: str, engine: str, stopped: int) -> World:
     folder.mkdir()
-    train = {"epochs": 5000, "timeout_s": SLOW_START_S, "engine": engine, "zero_stage": 2}
+    train = {"epochs": 5000, "timeout_s": SLOW_START_S, "engine": engine}
     config = write_tiny(folder, packed, train=train, evaluate={"every_epochs": 5000})
     command = [str(config) if word == "CONFIG" else word for word in COMMANDS[launcher]]
     process = subprocess.Popen(
@@ -130,7 +131,7 @@ def named_by_the_other(
     **sections: Any,
 ) -> str:
     """Rank 0 names rank 1, which has stopped, and ends; gives where rank 1 was."""
-    train = {"timeout_s": timeout_s, "engine": engine, "zero_stage": 3}
+    train = {"timeout_s": timeout_s} | (zero(3) if engine == "deepspeed" else {})
     config = write_tiny(tmp_path, packed, train=train, **sections)
     started = launcher.start(config, fault=f"tests.faults.hooks:{fault}")
     stopped = started.folder / "stopped_at"

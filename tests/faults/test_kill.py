@@ -15,7 +15,7 @@ from tests.faults.experiments import write_full
 from tests.faults.launcher import Launcher, digests, half_written, kill_inside_a_save, left_behind, poll
 from tests.faults.places import step_of
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEP_S = 0.05
 

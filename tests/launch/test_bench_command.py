@@ -11,7 +11,7 @@ import torch
 from launch.cli import main
 from tests.experiments import write_tiny
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("alone_on_a_cpu")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu")]
 
 Capture = pytest.CaptureFixture[str]
 

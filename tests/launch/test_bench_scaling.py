@@ -11,7 +11,7 @@ from tests.docs.alone import one_rank_in_this_process
 from tests.experiments import write_tiny
 from tests.worlds import msmil
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from shards.errors import UserError
 from tests.experiments import write_tiny
 from tests.msmil.models.published.test_convert import head_only, mammoclip, state
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ def test_a_configuration_that_cannot_be_read_is_an_error(tmp_path: Path, capsys:
     assert "no such configuration" in capsys.readouterr().err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_this_machine_and_an_experiment_that_it_cannot_run(
     tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

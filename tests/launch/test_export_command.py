@@ -19,7 +19,7 @@ from tests.experiments import write_tiny
 from tests.msmil.engine.test_export import a_run
 from tests.runs import reset
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

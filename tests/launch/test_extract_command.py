@@ -23,7 +23,7 @@ from tests.faults.test_full_disk import fill
 from tests.msmil.engine.test_train import reset
 from tests.worlds import ROOT, children_running, environment, wait_for
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("alone_on_a_cpu")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu")]
 
 # two images to a shard: enough shards to be killed between two of them
 MANY = ["--images-per-shard", "2"]

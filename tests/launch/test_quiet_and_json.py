@@ -131,7 +131,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     reset()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_train_evaluate_and_sizes(tmp_path: Path, packed: Path, alone: Callable[..., int], capsys: Capture) -> None:
     config = write_tiny(tmp_path, packed, train={"epochs": 1})
     folder = tmp_path / "runs" / "tiny"

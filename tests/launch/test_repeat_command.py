@@ -68,7 +68,7 @@ def metrics(root: Path, fold: str) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_was_done_before_the_kill_is_not_done_again(repeated: Path) -> None:
     for fold in FOLDS:
         assert (repeated / fold / "environment.txt").read_text().count("started:") == 1
@@ -76,7 +76,7 @@ def test_what_was_done_before_the_kill_is_not_done_again(repeated: Path) -> None
     assert (repeated / "before.txt").read_text() == str((repeated / "fold_0/metrics/test.json").stat().st_mtime_ns)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_fold_is_a_normal_run_of_its_own_data(repeated: Path, packed: Path) -> None:
     validated = []
     for number, fold in enumerate(FOLDS):
@@ -92,7 +92,7 @@ def test_every_fold_is_a_normal_run_of_its_own_data(repeated: Path, packed: Path
     assert len(prints | {manifest.fingerprint}) == 3
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_summary_is_recomputed_from_the_metrics_of_the_runs(repeated: Path) -> None:
     with (repeated / "summary.csv").open() as file:
         table = {row["run"]: row for row in csv.DictReader(file)}
@@ -121,7 +121,7 @@ def test_the_summary_is_recomputed_from_the_metrics_of_the_runs(repeated: Path) 
     )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_fold(repeated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, tiny = str(repeated / "fold_1" / "config.yaml"), str(repeated.parents[1] / "tiny.yaml")
     for command, said in (
@@ -133,7 +133,7 @@ def test_a_run_does_not_go_on_with_another_fold(repeated: Path, capsys: pytest.C
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_checkpoint_knows_its_fold_even_where_config_yaml_was_edited(repeated: Path) -> None:
     config = load_config(repeated / "fold_1" / "config.yaml")
     checkpoint = load_checkpoint(newest(repeated / "fold_1" / "checkpoints") or Path())

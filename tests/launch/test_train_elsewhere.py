@@ -14,7 +14,7 @@ from tests.servers import serving
 from tests.worlds import msmil
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     folder = pack_large(tmp_path / "packed")
     config = str(write_tiny(tmp_path, folder, train={"epochs": 2, "batch_size": 6, "precision": "fp32"}))

@@ -130,7 +130,7 @@ def show(page: Chrome, url: str, dashboard: str, script: str, *, deadline_s: flo
     wait_for(lambda: bool(page.execute_script(f"{DEEP} return {script}")), deadline_s=deadline_s)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_person_sees_everything_in_a_browser(tmp_path: Path, packed: Path) -> None:
     run = resumed_run(tmp_path, packed, tracking={"images": 2})
     cut = tmp_path / "runs" / "cut" / "tensorboard"

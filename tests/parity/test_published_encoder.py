@@ -19,7 +19,7 @@ from msmil.models.backbone import Backbone
 from msmil.models.published.convert import convert
 from tests.parity.published import golden, padded_image_HW, published_state, tiny_bags
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 STAGES = {"mammoclip_b2": (2, 3, 3, 4, 4, 5, 2), "mammoclip_b5": (3, 5, 5, 7, 7, 9, 3)}
 PIXELS = {"mammoclip_b2": 260, "mammoclip_b5": 456}  # the input that the published padding is computed for

@@ -17,7 +17,7 @@ import msmil
 from msmil.types import BagOutput
 from tests.parity.published import full_bag, golden, published_state, tiny_bags
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 BOUND, BOUND_F64 = 1e-4, 1e-6
 ATTENTION_BOUND = {"fpn_abmil": 1e-6, "fpn_settrans_concat": 1e-6, "nested_settrans": 1e-6, "single_abmil": 1e-5}

@@ -67,7 +67,7 @@ def test_the_order_is_that_of_images(manifest: Manifest, features: Features, cha
     assert seen > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_decoding_processes_give_the_same(manifest: Manifest, features: Features) -> None:
     chosen = features.only([32])
     for alone, shared in zip(

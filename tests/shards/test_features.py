@@ -28,7 +28,7 @@ from shards.manifest import Manifest, read_manifest
 from tests.archives import contents
 from tests.features import BATCH, SHAPES, batches, make_features, make_job, random_levels, write_left
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 # of a number x that is stored: |error| <= relative * |x| + absolute (half a unit in the last place; subnormals of fp16)
 ERROR = {"fp32": (0.0, 0.0), "bf16": (2**-8, 0.0), "fp16": (2**-11, 2**-25)}

@@ -15,6 +15,7 @@ from msmil.config import Config
 from msmil.config_checks import tile_sizes
 from msmil.engine.bench.arithmetic import DTYPES
 from msmil.engine.bf16 import compute_bf16
+from msmil.engine.environment import without_engine
 from msmil.engine.optim import build_optimizer
 from msmil.engine.pipeline import Pipeline, to_device
 from msmil.engine.run import make_loss, make_network
@@ -52,7 +53,7 @@ def modes(which: str) -> list[Mode]:
 def in_mode(config: Config, mode: Mode) -> Config:
     """The configuration in a mode."""
     changed: Any = {"precision": mode.precision, "channels_last": mode.channels_last, "compile": mode.compiled}
-    return replace(config, train=replace(config.train, engine="ddp", offload_optimizer=False, **changed))
+    return replace(config, train=replace(without_engine(config.train), **changed))
 
 
 def in_tiles(config: Config) -> Config:

@@ -46,7 +46,7 @@ def start(run_folder: Path, temporary: Path, *, dies: bool) -> subprocess.Comple
     return run(command, deadline_s=240, TMPDIR=str(temporary))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_half_a_library_of_a_killed_compiler_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch takes it for a whole one: without the mark of the killed process the next start fails."""
     monkeypatch.delenv(VARIABLE, raising=False)  # torch writes it in this process, too

@@ -20,7 +20,7 @@ from tests.experiments import write_tiny
 from tests.runs import reset
 from tests.servers import FileServer, serving
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("alone_on_a_cpu")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu")]
 
 
 def trained(folder: Path, shards: str, **data: object) -> Path:

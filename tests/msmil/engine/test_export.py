@@ -100,7 +100,7 @@ def run_onnx(out: Path, image: Tensor) -> dict[str, Tensor]:
 RUNNERS: dict[str, Callable[[Path, Tensor], dict[str, Tensor]]] = {"model.pt2": run_torch, "model.onnx": run_onnx}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "files"),
     [  # ONNX takes most of the time; all four variants have been written as it
@@ -192,7 +192,7 @@ def test_where_the_images_are_not_known_they_are_asked_for(tmp_path: Path, packe
         exported(run, tmp_path / "out", formats=("torch-export",))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_export_is_exported_on(tmp_path: Path, packed: Path) -> None:
     """Weights alone, as `msmil convert` writes them too."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -34,7 +34,7 @@ from tests.archives import contents, make_grouped_archive, pack_grouped
 from tests.experiments import write_tiny
 from tests.msmil.engine.test_train import reset
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("alone_on_a_cpu")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu")]
 
 FROZEN = {"train": {"encoder": "frozen"}, "bags": {"augment": {"horizontal_flip": 0, "vertical_flip": 0}}}
 FP32 = Storage(dtype="fp32", zstd=False, images_per_shard=16)

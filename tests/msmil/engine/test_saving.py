@@ -23,7 +23,7 @@ from shards.errors import UserError
 from tests.experiments import write_tiny
 from tests.runs import Killed, reset
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 def saver(**more: Any) -> Saver:

@@ -18,7 +18,7 @@ from msmil.engine.train import train
 from tests.experiments import write_tiny
 from tests.runs import reset
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("alone_on_a_cpu", "blank_figures")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_on_a_cpu", "blank_figures")]
 
 TILES = {"instances": "tiles", "tile_size_px": 32}
 MIXED = {"pooling": "mean", "region_pooling": "attention", "probability": "entmax_alpha", "mil_encoder": "isab"}

@@ -18,7 +18,7 @@ from msmil.models.backbone import (
 from shards.errors import UserError
 from tests.msmil.models.small import SMALL_BACKBONE, small_model, with_backbone
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 DEMO_OPTIONS = {"channels": [24, 32, 64, 96], "stem_width": 8}
 

@@ -13,7 +13,7 @@ import torch
 
 from msmil.models.backbone import build_backbone
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 PX = 224
 CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [

@@ -19,7 +19,7 @@ from shards.errors import UserError
 from tests.msmil.models.test_mil import tensors
 from tests.msmil.models.variants import VARIANTS, variant_config, variant_model, variant_tiles
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 

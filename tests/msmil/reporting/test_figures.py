@@ -35,7 +35,7 @@ from shards.errors import UserError
 from shards.types import Box
 from tests import run_folders
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 OPTIONS = {"replicates": 30, "confidence": 0.9, "seed": 0}
 LONG = "Architectural_Distortion_or_Asymmetry_of_the_Whole_Breast"

@@ -20,7 +20,7 @@ from msmil.reporting.report import build_report
 from msmil.reporting.run_files import read_run, run_names
 from tests.run_folders import LABELS, SECRET, Page, make_run
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from msmil.reporting.report import write_report
 from tests.browser import broken_images, browser, console_errors, overflow_px
 from tests.run_folders import make_run
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 LONG = "Architectural_Distortion_or_Asymmetry_of_the_Whole_Breast"
 

@@ -32,7 +32,7 @@ from tests.features import make_features
 from tests.servers import FileServer, serving
 from tests.worlds import wait_for
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 ORDER: dict[str, Any] = {"seed": 3, "epoch": 1, "batch_size": 8, "last_batch": "pad", "block_shards": 2}
 LOADING: dict[str, Any] = {"workers": 0, "prefetch_batches": 2, "pin_memory": False}

@@ -15,7 +15,7 @@ from shards.remote.folder import RemoteOptions
 from shards.verify import verify
 from tests.shards.remote.test_elsewhere import hashes, training
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 URL = "s3://mammograms/packed"
 

@@ -22,7 +22,7 @@ from tests.archives import LABELS
 from tests.features import make_features
 from tests.servers import FileServer, serving
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 BLOCK_SHARDS = 2
 ORDER: dict[str, Any] = {"seed": 3, "batch_size": 2, "last_batch": "pad", "block_shards": BLOCK_SHARDS}

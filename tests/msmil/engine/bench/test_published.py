@@ -21,7 +21,7 @@ from tests.parity.published import golden, published_state, tiny_bags
 from tests.parity.test_published_models import BOUND
 from tests.runs import reset
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 RECIPE = Path(__file__).parents[4] / "configs" / "experiment" / "vindr_mass_fpn_abmil.yaml"
 

@@ -24,7 +24,7 @@ from msmil.models.published.infer import infer
 from msmil.models.published.reading import read_published
 from shards.errors import UserError
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 DATA = Path(__file__).parents[3] / "parity" / "data"
 ENCODER = "inst_encoder.backbone."
