@@ -129,8 +129,9 @@ def _server() -> socket.socket:
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST)
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **_ONE_THREAD}
     command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
+    nothing = subprocess.DEVNULL  # DeepSpeed greets on stdout; each rank has the streams of its test
     process = subprocess.Popen(
-        command, env=environment, cwd=_ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+        command, env=environment, cwd=_ROOT, pass_fds=[theirs.fileno()], stdin=nothing, stdout=nothing
     )
     theirs.close()
 

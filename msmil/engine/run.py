@@ -95,7 +95,8 @@ def open_run(config: Config, runtime: Runtime) -> Run:
         resume(run, checkpoint)
     run.pipeline = with_encoder_of(pipeline, network)
     if runtime.is_main:
-        run.tracker = Tracker(folder.tensorboard, start_step=run.state.step, total_steps=schedule.total_steps)
+        steps = {"start_step": run.state.step, "total_steps": schedule.total_steps}
+        run.tracker = Tracker(folder.tensorboard, **steps, failed=saver.fail)
         if goes_on:
             run.tracker.text("configuration", dump_config(config))
             run.tracker.add(start_of_run(run), 0)

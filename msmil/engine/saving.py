@@ -37,8 +37,12 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether what was being written could not be; `wait` raises it."""
+        """Whether something could not be written; `wait` raises the error."""
         return self._error is not None
+
+    def fail(self, error: Exception) -> None:
+        """Something else that this rank writes, such as the curves, could not be: all stop as for a checkpoint."""
+        self._error = self._error or error
 
     def begin(self, write: Callable[[], object]) -> None:
         """Start writing; what was begun before has been waited for."""

@@ -85,12 +85,18 @@ class PhaseTimer:
 
 
 class Tracker:
-    """Writes scalars, text and the log of one run; continues its curves from a step without overlap."""
+    """Writes scalars, text and the log of one run; continues its curves from a step without overlap.
 
-    def __init__(self, folder: Path, *, start_step: int, total_steps: int) -> None:
+    `failed` is told the error where curves cannot be written, since the other ranks, which write none, have to hear it.
+    """
+
+    def __init__(
+        self, folder: Path, *, start_step: int, total_steps: int, failed: Callable[[UserError], object]
+    ) -> None:
         # events of steps that are trained again are dropped, so that a resumed curve does not overlap
+        _date_before(folder, int(time.time()))
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
-        self._folder = folder
+        self._folder, self._failed = folder, failed
         _hush_full_disk()
         self._start_step = start_step
         self._total_steps = total_steps
@@ -125,7 +131,7 @@ class Tracker:
                 self._writer._get_file_writer().add_summary(one, step)
         except OSError as error:
             fix = "free space or choose another output_dir, then start the same command again: it resumes"
-            raise UserError(f"curves cannot be written ({error})", file=self._folder, fix=fix) from None
+            self._failed(UserError(f"curves cannot be written ({error})", file=self._folder, fix=fix))
 
     def close(self) -> None:
         """Flush and end."""
@@ -134,6 +140,20 @@ class Tracker:
             self._writer.close()
         except OSError as error:  # must not hide the reason for which the run ends
             print(f"msmil: the last curves could not be written ({error})", file=sys.stderr)
+
+
+def _date_before(folder: Path, now_s: int) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second of their start.
+
+    Those of earlier starts get an earlier one where it does not lie before this start: two starts within a second, or
+    another machine, whose clock is behind. Read in the wrong order, a start would drop what came after it.
+    """
+    later_s = now_s
+    for file in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+        stamp, _, rest = file.name.removeprefix("events.out.tfevents.").partition(".")
+        if int(stamp) >= later_s:
+            file.rename(folder / f"events.out.tfevents.{later_s - 1:010d}.{rest}")
+        later_s = min(int(stamp), later_s - 1)
 
 
 def _hush_full_disk() -> None:

@@ -49,9 +49,9 @@ def train(config: Config, runtime: Runtime) -> TrainState:
                 if due:
                     validate(run)
                 save(run)
+            if run.tracker is not None:
+                run.tracker.add(end_of_run(), run.state.step)
             finish_saving(run)
-        if run.tracker is not None:
-            run.tracker.add(end_of_run(), run.state.step)
     finally:
         if run.tracker is not None:
             run.tracker.close()
@@ -288,5 +288,5 @@ def save(run: Run) -> None:
 
 
 def finish_saving(run: Run) -> None:
-    """Wait until the checkpoint that was begun is written; when that failed, all ranks stop with its word."""
+    """Wait until the checkpoint that was begun is written; all ranks stop with the word of what could not be written."""
     run.pipeline.runtime.on_main(run.saver.wait)

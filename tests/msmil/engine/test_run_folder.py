@@ -159,7 +159,7 @@ def started(root: Path, config: Config) -> tuple[RunFolder, Tracker]:
     folder = RunFolder(root)
     folder.open(world=1, device="CPU")
     folder.write_config(config)
-    tracker = Tracker(folder.tensorboard, start_step=0, total_steps=9)
+    tracker = Tracker(folder.tensorboard, start_step=0, total_steps=9, failed=pytest.fail)
     tracker.text("configuration", dump_config(config))
     return folder, tracker
 
