@@ -288,5 +288,5 @@ def save(run: Run) -> None:
 
 
 def finish_saving(run: Run) -> None:
-    """Wait until the checkpoint that was begun is written; all ranks stop with the word of what could not be written."""
+    """Wait for the checkpoint that was begun; all ranks stop with the word of what could not be written."""
     run.pipeline.runtime.on_main(run.saver.wait)

@@ -43,6 +43,6 @@ def test_curves_that_cannot_be_written_are_told_to_all_ranks(tmp_path: Path, mon
         tracker.scalars({"loss": 1.0}, 1)
     tracker.close()
     assert saver.failed
-    with pytest.raises(UserError, match="curves cannot be written .*No space left.*Fix: free space"):
+    with pytest.raises(UserError, match=r"curves cannot be written .*No space left.*Fix: free space"):
         saver.wait()
     assert not saver.failed
