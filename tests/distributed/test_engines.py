@@ -25,7 +25,7 @@ ENGINES = {
     "zero1": zero(1),
     "zero2": zero(2),
     "zero3": zero(3),
-    "offload": zero(2, offload_optimizer=True),
+    "offload": zero(3, offload_optimizer=True),
 }
 ON_THREE = {"ddp_3": {}, "zero2_3": zero(2), "zero3_3": zero(3)}
 FEWER = {"zero3_3": 6}  # of the 20 steps: divided weights take three ranks longest

@@ -27,7 +27,7 @@ SAME: dict[str, tuple[int, dict[str, Any]]] = {
     "zero_1": (2, zero(1, **EMA)),
     "zero_2": (2, zero(2, **EMA)),
     "zero_3": (2, zero(3)),
-    "offload": (2, zero(1, offload_optimizer=True, **EMA)),
+    "offload": (2, zero(2, offload_optimizer=True, **EMA)),
 }
 # each change of ranks among 1, 2 and 3, and of engine between DDP and ZeRO; then ZeRO alone, on others and other ranks
 CHANGES: list[tuple[int, int, dict[str, Any]]] = [

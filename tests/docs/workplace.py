@@ -108,6 +108,12 @@ def small_recipe(line: str) -> None:
     plain(f"{line} --height 76 --width 46")
 
 
+def one_graph(line: str) -> None:
+    """The graph of one format; tests/launch/test_export_command.py writes the other."""
+    assert " --format torch-export" in line
+    plain(line.replace(" --format torch-export", ""))
+
+
 def small_tiles(line: str) -> None:
     """The published model on tiles of 128 pixels instead of 512; its weights fit any."""
     config = load_config(Path(shlex.split(line)[2]) / "config.yaml")
@@ -274,6 +280,7 @@ TREATMENTS: tuple[tuple[str, Callable[[str], None]], ...] = (
     (r"msmil pack .* --recipe mammoclip", small_recipe),
     (r"msmil repeat .*", one_repetition),
     (r"msmil evaluate weights/.*", small_tiles),
+    (r"msmil export .* --format onnx .*", one_graph),
     (r"msmil bench scaling .*", small_scaling),
     (r"msmil watch .*", watched),
     (r"msmil doctor.*", parsed_alone),

@@ -48,7 +48,7 @@ def start(run_folder: Path, temporary: Path, *, dies: bool) -> subprocess.Comple
 
 @pytest.mark.slow
 def test_half_a_library_of_a_killed_compiler_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch takes it for a whole one: without the mark of the killed process the next start fails."""
+    """torch takes it for a whole one, and could not load it."""
     monkeypatch.delenv(VARIABLE, raising=False)  # torch writes it in this process, too
     folder, caches = tmp_path / "run", tmp_path / f"msmil-compiled-{os.getuid()}"
     killed = start(folder, tmp_path, dies=True)
@@ -56,14 +56,11 @@ def test_half_a_library_of_a_killed_compiler_is_not_loaded(tmp_path: Path, monke
     for path in (libraries := list(caches.rglob("*.so"))):
         os.truncate(path, 100)
     assert libraries
-    (mark,) = caches.glob("*/in_use/*")
-    mark.unlink()
-    assert start(folder, tmp_path, dies=False).returncode == 1
-    assert not list(caches.glob("*/in_use/*")), "its end was orderly"
-    mark.touch()
+    assert len(list(caches.glob("*/in_use/*"))) == 1
     again = start(folder, tmp_path, dies=False)
     assert again.stderr.splitlines()[-1] == "emptied", again.stderr
     assert not list(caches.rglob("*.so"))
+    assert not list(caches.glob("*/in_use/*")), "its end was orderly"
 
 
 @pytest.fixture
