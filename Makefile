@@ -10,8 +10,10 @@ FILES := --dist loadfile --no-loadscope-reorder
 ENGINE := $(addprefix tests/,distributed faults cluster shards/remote msmil/engine/bench \
     $(addprefix benchmarks/test_,manifest.py order.py saving.py) \
     $(addprefix shards/test_,balance.py codecs.py exams.py plan.py reader.py slots.py stream.py subset.py workers.py) \
-    $(addprefix msmil/engine/test_,bf16.py checkpoint.py compiled.py elsewhere.py export.py runtime.py saving.py watchdog.py) \
-    $(addprefix launch/test_,bench_command.py bench_scaling.py doctor_collectives.py export_command.py train_elsewhere.py))
+    $(addprefix msmil/engine/test_,ahead.py bf16.py checkpoint.py compiled.py elsewhere.py engine_settings.py export.py \
+        memory.py run_folder.py runtime.py saving.py started_again.py tracking.py watchdog.py) \
+    $(addprefix launch/test_,bench_command.py bench_scaling.py cause.py doctor_collectives.py export_command.py forwarding.py \
+        train_elsewhere.py))
 
 # the tests start hundreds of processes, and each would compile what it imports
 unexport PYTHONDONTWRITEBYTECODE
