@@ -94,16 +94,20 @@ def open_run(config: Config, runtime: Runtime) -> Run:
     if checkpoint is not None:
         resume(run, checkpoint)
     run.pipeline = with_encoder_of(pipeline, network)
-    if runtime.is_main:
-        steps = {"start_step": run.state.step, "total_steps": schedule.total_steps}
-        run.tracker = Tracker(folder.tensorboard, **steps, failed=saver.fail)
-        if goes_on:
-            run.tracker.text("configuration", dump_config(config))
-            run.tracker.add(start_of_run(run), 0)
-        if config.tracking.images and not has_maps(network):
-            log.info("this model has no maps: TensorBoard shows no images (tracking.images)")
-        run.tracker.open_progress(quiet=runtime.quiet)
+    runtime.on_main(lambda: _open_tracker(run, goes_on))
     return run
+
+
+def _open_tracker(run: Run, goes_on: bool) -> None:
+    config, runtime = run.pipeline.config, run.pipeline.runtime
+    steps = {"start_step": run.state.step, "total_steps": run.schedule.total_steps}
+    run.tracker = Tracker(run.folder.tensorboard, **steps, failed=run.saver.fail)
+    if goes_on:
+        run.tracker.text("configuration", dump_config(config))
+        run.tracker.add(start_of_run(run), 0)
+    if config.tracking.images and not has_maps(run.network):
+        log.info("this model has no maps: TensorBoard shows no images (tracking.images)")
+    run.tracker.open_progress(quiet=runtime.quiet)
 
 
 def make_network(pipeline: Pipeline, *, pretrained: bool) -> MILModel:

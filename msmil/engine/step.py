@@ -37,7 +37,7 @@ class StepReport:
     """What one step did, the same on all ranks.
 
     unread: samples that could not be read and were skipped; stop: a rank was asked to stop; save: a checkpoint is due
-    by the clock; save_failed: the last one could not be written.
+    by the clock; save_failed: the last one, or a curve, could not be written.
     own_s: seconds of each rank until its last backward, in which the ranks wait for each other; empty in steps that
     are not timed exactly.
     """
@@ -194,8 +194,8 @@ class Stepper:
     def _reduce(
         self, parts: LossParts, share: Tensor, unread: int, own_s: float | None
     ) -> tuple[dict[str, float], int, list[bool], tuple[float, ...]]:
-        """The loss, how many samples are skipped, what some rank tells (stop, save, a save failed) and the seconds of
-        each, in one all-reduce.
+        """The loss, how many samples are skipped, what some rank tells (stop, save, a write failed) and the seconds
+        of each, in one all-reduce.
 
         In the seconds a rank fills its place among zeros. Only rank 0 saves, and its clock alone counts.
         """

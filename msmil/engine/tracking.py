@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import sys
 import threading
@@ -150,10 +151,16 @@ def _date_before(folder: Path, now_s: int) -> None:
     """
     later_s = now_s
     for file in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
-        stamp, _, rest = file.name.removeprefix("events.out.tfevents.").partition(".")
-        if int(stamp) >= later_s:
-            file.rename(folder / f"events.out.tfevents.{later_s - 1:010d}.{rest}")
-        later_s = min(int(stamp), later_s - 1)
+        named = re.fullmatch(r"(events\.out\.tfevents)\.(\d+)\.(.+)", file.name)
+        if named is None:
+            continue
+        stamp_s = int(named[2])
+        if stamp_s >= later_s:
+            stamp_s = later_s - 1
+            while (other := folder / f"{named[1]}.{stamp_s:010d}.{named[3]}").exists():
+                stamp_s -= 1
+            file.rename(other)
+        later_s = stamp_s
 
 
 def _hush_full_disk() -> None:

@@ -49,9 +49,10 @@ def train(config: Config, runtime: Runtime) -> TrainState:
                 if due:
                     validate(run)
                 save(run)
+            finish_saving(run)
             if run.tracker is not None:
                 run.tracker.add(end_of_run(), run.state.step)
-            finish_saving(run)
+            finish_saving(run)  # the last curves
     finally:
         if run.tracker is not None:
             run.tracker.close()
@@ -260,7 +261,7 @@ def save(run: Run) -> None:
     """Begin to write a checkpoint on rank 0, once the one before is written; all ranks have to call it.
 
     Raises:
-        UserError: the one before could not be written; on all ranks.
+        UserError: the one before, or a curve, could not be written; on all ranks.
     """
     assert run.stepper is not None
     start_s = time.perf_counter()

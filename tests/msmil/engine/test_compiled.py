@@ -48,7 +48,7 @@ def start(run_folder: Path, temporary: Path, *, dies: bool) -> subprocess.Comple
 
 @pytest.mark.slow
 def test_half_a_library_of_a_killed_compiler_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch takes it for a whole one, and could not load it."""
+    """torch would take it for a whole one."""
     monkeypatch.delenv(VARIABLE, raising=False)  # torch writes it in this process, too
     folder, caches = tmp_path / "run", tmp_path / f"msmil-compiled-{os.getuid()}"
     killed = start(folder, tmp_path, dies=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from msmil.engine.saving import Saver
-from msmil.engine.tracking import Tracker
+from msmil.engine.tracking import Tracker, _date_before
 from msmil.reporting.curves import read_curves
 from shards.errors import UserError
 
@@ -18,6 +18,7 @@ from shards.errors import UserError
 @pytest.mark.parametrize("behind_s", [0, 3600], ids=["within a second", "where a clock is behind"])
 def test_later_starts_continue_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind_s: int) -> None:
     now_s = time.time()
+    (tmp_path / "events.out.tfevents.of_somebody").touch()
     for start, first in enumerate((0, 2, 3)):  # the last steps of a start were not saved: they are trained again
         monkeypatch.setattr(time, "time", lambda start=start: now_s - start * behind_s)
         monkeypatch.setattr(os, "getpid", lambda start=start: 9999 + start)  # a part of the name of the file
@@ -28,6 +29,16 @@ def test_later_starts_continue_the_curves(tmp_path: Path, monkeypatch: pytest.Mo
     steps, values = read_curves(tmp_path).scalars["loss"]
     assert steps.tolist() == [1, 2, 3, 4, 5, 6]
     assert values.tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_no_file_of_curves_takes_the_place_of_another(tmp_path: Path) -> None:
+    """In a container every start may have the same machine and process in its name."""
+    for second in (1000, 1001, 1030):
+        (tmp_path / f"events.out.tfevents.{second:010d}.host.7.0").write_text(str(second))
+    _date_before(tmp_path, 1001)
+    files = sorted(tmp_path.iterdir())
+    assert [file.read_text() for file in files] == ["1000", "1001", "1030"]
+    assert max(files).name < "events.out.tfevents.0000001001"
 
 
 def test_curves_that_cannot_be_written_are_told_to_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
