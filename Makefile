@@ -18,16 +18,20 @@ ENGINE := $(addprefix tests/,distributed faults cluster shards/remote msmil/engi
 # the tests start hundreds of processes, and each would compile what it imports
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-engine lint types docs figures install clean
+.PHONY: demo test test-covered test-fast test-engine lint types docs figures install clean
 
 demo: install
 	$(BIN)/msmil demo
 
-# Coverage makes Python slower by a third to a half. It is measured where it says most: the slow tests start processes,
-# which it does not see. Many of these wait (for a rank that hangs, for SLURM): three at a time keep two cores busy.
-test: lint types
-	$(BIN)/python -m pytest -n 2 $(FILES) -m "not slow" --cov --cov-report=term
+# Many of the slow tests wait (for a rank that hangs, for SLURM): three at a time keep two cores busy.
+test: install
+	$(MAKE) --no-print-directory --jobs 3 lint types test-covered
 	$(BIN)/python -m pytest -n 3 $(FILES) -m slow --durations=10
+
+# Coverage makes Python slower by a third to a half. It is measured where it says most: the slow tests start processes,
+# which it does not see.
+test-covered: install
+	$(BIN)/python -m pytest -n 2 $(FILES) -m "not slow" --cov --cov-report=term
 
 test-fast: install
 	$(BIN)/python -m pytest -n 2 $(FILES) -m "not slow"

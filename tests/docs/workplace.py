@@ -99,8 +99,11 @@ def small_phantoms(line: str) -> None:
 
 
 def one_repetition(line: str) -> None:
-    """One run of five, two folds of five."""
-    plain(line.replace("--runs 5", "--runs 1").replace("--folds 5", "--folds 2"))
+    """One run of five; tests/launch/test_repeat_command.py trains two folds."""
+    if "--folds" in line:
+        assert callable(cli.parse(shlex.split(line)[1:]).run)
+    else:
+        plain(line.replace("--runs 5", "--runs 1"))
 
 
 def small_recipe(line: str) -> None:
