@@ -155,12 +155,11 @@ def main(config: Config, *, out: Path, steps: int, threads: int) -> None:
     from msmil.engine.runtime import Runtime
 
     torch.set_num_threads(threads)
-    runtime = Runtime(config.train, quiet=True)
-    torch.set_num_threads(threads)  # accelerate may have chosen its own
-    measured = measure(config, runtime, steps=steps)
-    if runtime.is_main:
-        out.write_text(json.dumps(asdict(measured)), encoding="utf-8")
-    runtime.close()
+    with Runtime(config.train, quiet=True) as runtime:
+        torch.set_num_threads(threads)  # accelerate may have chosen its own
+        measured = measure(config, runtime, steps=steps)
+        if runtime.is_main:
+            out.write_text(json.dumps(asdict(measured)), encoding="utf-8")
 
 
 def rank_main(argv: Sequence[str] | None = None) -> int:

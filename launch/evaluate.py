@@ -101,14 +101,13 @@ def main(
     from msmil.evaluation.results import results_table
 
     can = _as_this_machine_can(config)
-    runtime = Runtime(without_engine(can.train), quiet=quiet)
-    if can is not config and runtime.is_main and not quiet:
-        print("msmil: no GPU here: evaluating in fp32", file=sys.stderr, flush=True)
-    results = evaluate(can, RunFolder(folder), runtime, split=split, checkpoint=checkpoint, other_data=other_data)
-    if runtime.is_main:
-        table = results_table(results, results["localisation"])
-        print(json.dumps(results, indent=2, allow_nan=False) if as_json else table, flush=True)
-    runtime.close()
+    with Runtime(without_engine(can.train), quiet=quiet) as runtime:
+        if can is not config and runtime.is_main and not quiet:
+            print("msmil: no GPU here: evaluating in fp32", file=sys.stderr, flush=True)
+        results = evaluate(can, RunFolder(folder), runtime, split=split, checkpoint=checkpoint, other_data=other_data)
+        if runtime.is_main:
+            table = results_table(results, results["localisation"])
+            print(json.dumps(results, indent=2, allow_nan=False) if as_json else table, flush=True)
 
 
 def rank_main(argv: Sequence[str] | None = None) -> int:

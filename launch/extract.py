@@ -66,10 +66,9 @@ def main(config: Config, args: argparse.Namespace) -> None:
     from msmil.engine.extract import Storage, extract
     from msmil.engine.runtime import Runtime
 
-    runtime = Runtime(without_engine(config.train), quiet=args.quiet)
     storage = Storage(dtype=args.dtype, zstd=args.zstd, images_per_shard=args.images_per_shard)
-    extract(config, args.out, runtime, storage, only_sizes=args.sizes, as_json=args.json)
-    runtime.close()
+    with Runtime(without_engine(config.train), quiet=args.quiet) as runtime:
+        extract(config, args.out, runtime, storage, only_sizes=args.sizes, as_json=args.json)
 
 
 def rank_main(argv: Sequence[str] | None = None) -> int:

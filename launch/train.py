@@ -59,11 +59,10 @@ def main(config: Config, *, quiet: bool = False) -> None:
     from msmil.engine.runtime import Runtime
     from msmil.engine.train import train
 
-    runtime = Runtime(config.train, quiet=quiet)
-    check_experiment(config, runtime.world)
-    with cause_in(_log_of(config)):
-        train(config, runtime)
-    runtime.close()
+    with Runtime(config.train, quiet=quiet) as runtime:
+        check_experiment(config, runtime.world)
+        with cause_in(_log_of(config)):
+            train(config, runtime)
 
 
 def rank_main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, cast
+from types import TracebackType
+from typing import Any, Final, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -154,11 +155,20 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the process group; behind an error other ranks may be gone, and only the watchdog is ended.
+
+        A thread that asks the store while Python ends would abort the process: another exit code.
+        """
         if self._watchdog is not None:
             self._watchdog.close()
-        self.accelerator.end_training()
+        if kind is None:
+            self.accelerator.end_training()
 
 
 def meet(make: Callable[[], Accelerator]) -> Accelerator:

@@ -24,7 +24,8 @@ from tests.worlds import ROOT, alive, children_running, environment, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TIMEOUT_S = 6
-SLOW_START_S = 15  # while real launchers start on a busy machine, one rank imports what another has long imported
+SLOW_START_S = 25  # while real launchers start on a busy machine, one rank imports what another has long imported
+VALIDATION_S = 15
 LAUNCHERS_PATIENCE_S = 30  # torch's, until it kills a process that does not end on SIGTERM
 COMMANDS = {
     "msmil train": ["-m", "launch.cli", "train", "CONFIG", "--ranks", "2"],
@@ -116,7 +117,7 @@ def test_a_rank_that_stops_while_weights_are_validated_together_is_named_too(
 ) -> None:
     fault = "stopped_between_forwards_of_a_validation"
     more = {"evaluate": {"batch_size": 1}}
-    place = named_by_the_other(launcher, tmp_path, packed, "deepspeed", fault, timeout_s=SLOW_START_S, **more)
+    place = named_by_the_other(launcher, tmp_path, packed, "deepspeed", fault, timeout_s=VALIDATION_S, **more)
     assert place.endswith("validation")
 
 

@@ -300,7 +300,7 @@ def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(tmp_path: Pa
     command = [sys.executable, "-m", "launch.cli", "train", str(config), "--ranks", "2"]
     process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
-    wait_for(lambda: len(list(checkpoints.glob("step_*"))) >= 2, deadline_s=60)
+    wait_for(lambda: len(list(checkpoints.glob("step_*"))) >= 2, deadline_s=120)
     rank_pids = children_running("launch.train", process.pid)
     assert len(rank_pids) == 2
     os.kill(rank_pids[1], signal.SIGKILL)
@@ -313,7 +313,7 @@ def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(tmp_path: Pa
     tree = yaml.safe_load(config.read_text())
     assert tree["train"]["epochs"] == 200
     process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: int((newest(checkpoints) or Path("step_0")).name[5:]) > stopped, deadline_s=60)
+    wait_for(lambda: int((newest(checkpoints) or Path("step_0")).name[5:]) > stopped, deadline_s=120)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,3 +129,18 @@ def test_processes_that_do_not_meet_say_where_and_end(
         f"msmil: rank {rank} ({socket.gethostname()}): the 2 processes did not meet at 127.0.0.1, port {port}" in told
     )
     assert said in told
+
+
+@pytest.mark.parametrize("error", [None, UserError("a", fix="b"), KeyboardInterrupt()])
+@pytest.mark.usefixtures("alone_on_a_cpu")
+def test_no_thread_asks_the_store_when_python_ends(
+    error: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++ aborts the process where Python takes such a thread away: exit code 134 in place of the one that is meant."""
+    runtime, ended = Runtime(TrainConfig(precision="fp32"), quiet=True), []
+    monkeypatch.setattr(runtime, "_watchdog", SimpleNamespace(close=lambda: ended.append("watchdog")))
+    monkeypatch.setattr(runtime.accelerator, "end_training", lambda: ended.append("ranks"))
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)), runtime:
+        if error is not None:
+            raise error
+    assert ended == (["watchdog", "ranks"] if error is None else ["watchdog"])
