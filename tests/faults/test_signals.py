@@ -92,7 +92,7 @@ def test_a_second_ctrl_c_ends_ranks_that_hang(launcher: Launcher, tmp_path: Path
     time.sleep(1)
     assert all(alive(pid) for pid in started.pids)
     started.send(signal.SIGINT)
-    assert launcher.wait(started, deadline_s=30, end_others=False) == [130, 130]
+    assert launcher.wait(started, deadline_s=60, end_others=False) == [130, 130]
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def signum(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
 def test_a_rank_hears_what_its_launcher_is_told(signum: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(signum)
     rank = start(tmp_path)
-    wait_for((tmp_path / "met").exists, deadline_s=30)
+    wait_for((tmp_path / "met").exists, deadline_s=60)
     with forwarding(tmp_path) as asked:
         os.kill(os.getpid(), signum)
         code = rank.wait(30)
@@ -65,7 +65,7 @@ def test_a_rank_that_meets_later_hears_it_then(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
     rank = start(tmp_path)
-    wait_for((tmp_path / "met").exists, deadline_s=30)
+    wait_for((tmp_path / "met").exists, deadline_s=60)
     os.kill(rank.pid, signal.SIGSTOP)
     with forwarding(tmp_path) as asked:
         os.kill(os.getpid(), signal.SIGINT)
@@ -95,7 +95,7 @@ def test_a_rank_that_ends_at_once_has_obeyed_the_signal(tmp_path: Path) -> None:
 
 def test_a_rank_leaves_the_group_of_the_terminal(tmp_path: Path) -> None:
     rank = start(tmp_path)
-    wait_for((tmp_path / "met").exists, deadline_s=30)
+    wait_for((tmp_path / "met").exists, deadline_s=60)
     assert os.getpgid(rank.pid) == rank.pid != os.getpgrp()
     rank.send_signal(signal.SIGTERM)
     assert rank.wait(30) == signal.SIGTERM

@@ -123,7 +123,7 @@ def fetch(url: str) -> Any:
         return json.loads(answer.read())
 
 
-def show(page: Chrome, url: str, dashboard: str, script: str, *, deadline_s: float = 40) -> None:
+def show(page: Chrome, url: str, dashboard: str, script: str, *, deadline_s: float = 90) -> None:
     """Open a dashboard and wait until the script finds what it should show."""
     page.get("about:blank")
     page.get(f"{url}/#{dashboard}")

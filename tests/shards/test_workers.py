@@ -148,5 +148,5 @@ def test_killing_the_training_process_ends_its_processes_and_their_server(start_
 
 def test_a_program_that_ends_in_the_middle_of_an_epoch_ends(start_script):
     process, pids, server = start_script("end")
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=60) == 0
     assert wait_until(lambda: not any(map(alive, (*pids, server))))
