@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,7 +92,7 @@ def test_that_there_is_no_gpu_is_said_once_by_all_ranks(
 ) -> None:
     file = write_tiny(tmp_path, packed, train=settings, data={"last_batch": "drop"})
     (tmp_path / "config.yaml").write_text(file.read_text())
-    told = [SimpleNamespace(is_main=rank == 0, close=lambda: None) for rank in (0, 1)]
+    told = [nullcontext(SimpleNamespace(is_main=rank == 0)) for rank in (0, 1)]
     ranks, used = iter(told), []
 
     def two_ranks(_: str, arguments: list[str], **__: object) -> int:
