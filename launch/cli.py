@@ -29,6 +29,7 @@ from launch import (
     watch,
 )
 from launch.commands import Commands, HelpFormatter
+from launch.ranks import collect_seldom
 from launch.terminal import print_error
 from shards.errors import UserError
 
@@ -100,6 +101,7 @@ def _refuse_misspelt(command: str, parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    collect_seldom()
     try:
         args = parse(argv)
         code = int(args.run(args))

@@ -130,7 +130,7 @@ class Manifest:
         """A column of texts at `rows`; the columns are those of samples.TEXT_COLUMNS."""
         assert column in samples.TEXT_COLUMNS, column
         row_M = rows if isinstance(rows, np.ndarray) else np.fromiter(rows, np.int64)
-        taken = self._table.column(column).take(pa.array(row_M))
+        taken = self._table.column(column).take(samples.from_numbers(row_M))
         texts: list[str] = taken.cast(pa.string()).to_pylist()
         return texts
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -78,13 +78,18 @@ def count_parts(parts: Mapping[str, pa.Table], labels: Sequence[str]) -> dict[st
         counts["images"][split] = part.num_rows
         counts["exams"][split] = len(part.column("exam_id").unique())
         counts["patients"][split] = len(part.column("patient_id").unique())
-        box_labels = pc.struct_field(pc.list_flatten(part.column("boxes")), "label").to_numpy(zero_copy_only=False)
+        boxes = _value_counts(pc.struct_field(pc.list_flatten(part.column("boxes")), "label"))
         for label in labels:
-            known_N = part.column(samples.LABEL_PREFIX + label).to_numpy()
-            counts["positives"][label][split] = int((known_N == 1).sum())
-            counts["unknown"][label][split] = int((known_N == UNKNOWN).sum())
-            counts["boxes"][label][split] = int(np.sum(box_labels == label))
+            known = _value_counts(part.column(samples.LABEL_PREFIX + label))
+            counts["positives"][label][split] = known[1]
+            counts["unknown"][label][split] = known[UNKNOWN]
+            counts["boxes"][label][split] = boxes[label]
     return counts
+
+
+def _value_counts(column: pa.ChunkedArray) -> Counter[Any]:
+    """How often each value stands in a column."""
+    return Counter({pair["values"]: pair["counts"] for pair in column.value_counts().to_pylist()})
 
 
 def _line(name: str, by_split: dict[str, int]) -> list[str]:

@@ -34,9 +34,8 @@ _KEPT_BYTES: Final = 256 << 20  # what decoding the largest mammogram takes, sev
 # What a decoding process imports, with what torch, pyarrow and Pillow import only when they are first used (0.3 s in
 # each process if the server had not done it).
 _PRELOAD: Final = (
-    "shards.stream", "torch.utils.data.graph_settings", "numpy.random", "pandas", "pyarrow.compute",
-    "pyarrow.pandas_compat", "PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin",
-    "PIL.PpmImagePlugin",
+    "shards.stream", "torch.utils.data.graph_settings", "numpy.random", "pyarrow.compute", "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.PpmImagePlugin",
 )  # fmt: skip
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from launch.ranks import collect_seldom
 from shards.pack import pack
 from shards.recipes import AsIs
 from shards.sources.grouped_table import read_grouped_table
 from tests.archives import LABELS, GroupedArchive, make_grouped_archive
 from tests.experiments import save_blank
 
+collect_seldom()  # as the commands do
 # how long an example takes says how busy the machine is
 settings.register_profile("msmil", deadline=None)
 settings.load_profile("msmil")

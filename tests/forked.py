@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -25,10 +26,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launch.ranks import collect_seldom
+
 _PRELOAD = ("launch.train", "launch.evaluate", "launch.extract", "msmil.engine.train", "msmil.engine.evaluate",
             "msmil.engine.extract", "deepspeed", "torch.utils.tensorboard", "matplotlib.pyplot",
-            "launch.cli", "accelerate.commands.launch", "torch.distributed.run", "torch._dynamo", "pandas",
-            "pyarrow.pandas_compat", "PIL.PngImagePlugin",
+            "launch.cli", "accelerate.commands.launch", "torch.distributed.run", "torch._dynamo", "PIL.PngImagePlugin",
             "deepspeed.runtime.zero.muon.original_muon", "transformers.integrations")  # fmt: skip
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's jemalloc
 _ROOT = Path(__file__).parents[1]
@@ -145,11 +147,13 @@ def _server() -> socket.socket:
 
 def serve(channel: socket.socket) -> None:
     """Fork worlds as they are asked for, until the other side closes."""
+    collect_seldom()
     for module in _PRELOAD:
         importlib.import_module(module)
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # a rank that looked at what it shares with this process would copy it
     pids: list[int] = []
     while True:
         message, streams, _, _ = socket.recv_fds(channel, _LONGEST, 2)

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from shards.manifest import Manifest
 from shards.pack_report import count_parts
+from shards.samples import from_numbers
 from shards.types import SPLITS
 
 
@@ -23,7 +24,7 @@ def describe_data(manifest: Manifest, labels: Sequence[str]) -> dict[str, Any]:
         labels: that are learned.
     """
     header = manifest.header
-    parts: dict[str, pa.Table] = {split: manifest.table.take(pa.array(manifest.rows(split))) for split in SPLITS}
+    parts: dict[str, pa.Table] = {split: manifest.table.take(from_numbers(manifest.rows(split))) for split in SPLITS}
     return {
         "name": header.name,
         **({} if manifest.remote is None else {"address": manifest.place}),
