@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Between the images of two samples lie a json and three headers: read along rather than asked around.
 GAP_BYTES: Final = 1 << 14
+_ROOM_EVERY_S: Final = 0.02
 _TRIES: Final = 2  # a wrong byte may be the network's
 _SMALL: Final = "set data.cache_gb to more, or data.cache_dir to a larger local disk"
 
@@ -129,12 +131,14 @@ class RemoteMembers:
         if claim is None:
             return
         with claim, self._disk_errors(shard):
-            if not self._cache.reserve([claim]):
-                if wait:
-                    limit = self._cache.limit_bytes
+            while not self._cache.reserve([claim]):
+                limit = self._cache.limit_bytes
+                if info.num_bytes > limit:
                     thing = f"this shard of {info.num_bytes} bytes finds no room in the cache of {limit} bytes"
                     raise self._error(shard, thing, _SMALL)
-                return
+                if not wait:
+                    return
+                time.sleep(_ROOM_EVERY_S)  # those that are being fetched take all of it, and give it back
             with os.fdopen(os.dup(claim.descriptor), "r+b") as file:
                 for _ in range(_TRIES):
                     self._store.download(info.name, file, info.num_bytes, ranges=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from shards.cache import LEFT
 from shards.errors import UserError
 from shards.features import read_features
 from shards.manifest import Manifest, read_manifest
+from shards.reader import ShardReader
 from shards.remote.folder import RemoteOptions
 from shards.stream import train_stream
 from shards.types import Batch
@@ -96,6 +98,31 @@ def test_what_is_refused_would_download_shards_again_and_again(
     manifest = read_manifest(server.url, cached(tmp_path, 2 * training_bytes(folder)[0]))
     list(training(manifest, batch_size=1, block_shards=6))
     assert len(server.gets()) > 2 * len(training_bytes(folder))
+
+
+def test_who_reads_waits_for_the_room_that_others_are_fetching_into(
+    folder: Path, server: FileServer, tmp_path: Path
+) -> None:
+    manifest = read_manifest(server.url, cached(tmp_path, training_bytes(folder)[0]))
+    assert manifest.remote is not None
+    cache, other = manifest.remote.cache(), b"o" * 32
+    claim = cache.claim(other, cache.limit_bytes, wait=False)
+    assert claim is not None
+    assert cache.reserve([claim])
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(ShardReader(manifest).read, 0)
+        with pytest.raises(TimeoutError):
+            reading.result(timeout=0.5)
+        claim.publish()
+        np.testing.assert_array_equal(reading.result(timeout=60), ShardReader(read_manifest(folder)).read(0))
+    assert not cache.has(other), "it made room"
+
+
+def test_a_shard_that_is_larger_than_the_cache_is_named(folder: Path, server: FileServer, tmp_path: Path) -> None:
+    manifest = read_manifest(server.url, cached(tmp_path, training_bytes(folder)[-1] - 1))
+    thing = r"this shard of \d+ bytes finds no room in the cache of \d+ bytes"
+    with pytest.raises(UserError, match=f"shard-000000.tar: {thing}. Fix: set data.cache_gb to more"):
+        ShardReader(manifest).read(0)
 
 
 def test_draws_from_classes_need_all_shards(folder: Path, server: FileServer, tmp_path: Path) -> None:
