@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ from tests.archives import LABELS, GroupedArchive, make_grouped_archive
 from tests.experiments import save_blank
 
 collect_seldom()  # as the commands do
+# Coverage starts later in these processes, and would follow every line that is run in importing them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for library in ("torch", "timm", "accelerate", "pandas", "scipy.stats", "matplotlib.pyplot"):
+        importlib.import_module(library)
+
 # how long an example takes says how busy the machine is
 settings.register_profile("msmil", deadline=None)
 settings.load_profile("msmil")
