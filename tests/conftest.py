@@ -36,6 +36,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 _ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that waits longest comes first, when no other test waits beside it."""
+    items.sort(key=lambda item: item.path.name != "test_hung_rank.py")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real mammograms; tests that use it are skipped where it is absent."""
