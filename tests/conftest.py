@@ -37,7 +37,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that waits longest comes first, when no other test waits beside it."""
+    """The file that waits longest comes first: beside it others compute, in its own folder others would wait too."""
     items.sort(key=lambda item: item.path.name != "test_hung_rank.py")
 
 
