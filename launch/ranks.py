@@ -103,7 +103,7 @@ def start_ranks(module: str, arguments: Sequence[str], *, ranks: int, precision:
 
 
 def collect_seldom() -> None:
-    """Let Python look for garbage more seldom than every 700 new objects.
+    """Let Python look for garbage more seldom than it does by itself (in 3.11 every 700 new objects).
 
     Torch and what leans on it make a million that stay; looking at them again and again takes an eighth of a start.
     """

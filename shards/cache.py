@@ -136,6 +136,7 @@ class Cache:
                 part.unlink()
                 os.close(descriptor)
             else:
+                os.ftruncate(descriptor, 0)  # what one that died had reserved is no longer in use
                 return Claim(self, digest, descriptor, num_bytes)
         return None
 

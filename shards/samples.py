@@ -86,7 +86,7 @@ def to_record(table: pa.Table, row: int, labels: Sequence[str]) -> SampleRecord:
 
 
 def fixed(table: pa.Table, name: str) -> np.ndarray[Any, Any]:
-    """A column of numbers as a read-only array [N] that shares the table's memory."""
+    """A column of whole numbers as a read-only array [N] that shares the table's memory."""
     return to_numbers(_chunk(table, name))
 
 
@@ -110,7 +110,9 @@ def to_numbers(array: pa.Array) -> np.ndarray[Any, Any]:
 
 def from_numbers(values: np.ndarray[Any, Any]) -> pa.Array:
     """Whole numbers for pyarrow, sharing their memory."""
+    assert values.ndim == 1, values.shape
     assert np.issubdtype(values.dtype, np.integer), values.dtype
+    assert values.dtype.isnative
     buffer = pa.py_buffer(np.ascontiguousarray(values))
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, buffer])
 
@@ -139,7 +141,7 @@ def coded(table: pa.Table, name: str) -> np.ndarray[Any, Any]:
 def _starts(column: Any) -> np.ndarray[Any, Any]:
     """Where runs of equal values start, int32."""
     changes = to_numbers(pc.not_equal(column[1:], column[:-1]).cast(pa.int8()))
-    return np.flatnonzero(np.concatenate([[1], changes])).astype(np.int32)
+    return np.flatnonzero(np.concatenate([[True], changes.view(np.bool_)])).astype(np.int32)
 
 
 def digests(table: pa.Table, name: str = "sha256") -> np.ndarray[Any, Any]:

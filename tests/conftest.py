@@ -19,9 +19,8 @@ from tests.archives import LABELS, GroupedArchive, make_grouped_archive
 from tests.experiments import save_blank
 
 collect_seldom()  # as the commands do
-# There are as many of these processes as cores. Coverage starts later in them, and would follow every import.
+# Coverage starts later in these processes, and would follow every line that is run in importing them.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for library in ("torch", "timm", "accelerate", "pandas", "scipy.stats", "matplotlib.pyplot"):
         importlib.import_module(library)
 

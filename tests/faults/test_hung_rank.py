@@ -49,15 +49,19 @@ class World:
     stopped: int
     pids: list[int] = field(default_factory=list)
     since_s: float = 0.0
+    waited_s: float = 0.0
 
-    def trains(self) -> bool:
-        return self.log.exists() and self.log.read_text().count("loss") > 1
-
-    def stop_one(self) -> None:
-        self.pids = sorted(children_running("launch.train", self.process.pid), key=rank_of)
-        assert len(self.pids) == 2
-        os.kill(self.pids[self.stopped], signal.SIGSTOP)
-        self.since_s = time.monotonic()
+    def advance(self) -> bool:
+        """Stop one rank as soon as both train; whether the other one has ended by now, and how long it has waited."""
+        if not self.pids:
+            if self.log.exists() and self.log.read_text().count("loss") > 1:
+                self.pids = sorted(children_running("launch.train", self.process.pid), key=rank_of)
+                assert len(self.pids) == 2
+                os.kill(self.pids[self.stopped], signal.SIGSTOP)
+                self.since_s = time.monotonic()
+        elif not self.waited_s and not alive(self.pids[1 - self.stopped]):
+            self.waited_s = time.monotonic() - self.since_s
+        return self.waited_s > 0
 
 
 def start(folder: Path, packed: Path, launcher: str, engine: str, stopped: int) -> World:
@@ -77,13 +81,7 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(tmp_path: Path, packed: Pat
     try:
         for launcher, engine, stopped in CASES:
             worlds.append(start(tmp_path / engine, packed, launcher, engine, stopped))
-        while waiting := [world for world in worlds if not world.pids]:
-            wait_for(lambda: any(world.trains() for world in waiting), deadline_s=240)
-            for world in filter(World.trains, waiting):  # at once: ranks that train take time from those that start
-                world.stop_one()
-        for world in sorted(worlds, key=lambda world: world.since_s):
-            wait_for(lambda: not alive(world.pids[1 - world.stopped]), deadline_s=4 * SLOW_START_S)  # noqa: B023
-            assert time.monotonic() - world.since_s > SLOW_START_S / 2
+        wait_for(lambda: sum(world.advance() for world in worlds) == len(worlds), deadline_s=240)
         said = [world.process.communicate(timeout=LAUNCHERS_PATIENCE_S + 30)[1] for world in worlds]
     finally:
         for world in worlds:
@@ -97,6 +95,7 @@ def told(world: World, launcher: str, err: str) -> None:
     assert not any(alive(pid) for pid in world.pids)
     last, pid = world.log.read_text().splitlines()[-1], world.pids[world.stopped]
     assert re.search(rf"msmil: rank {world.stopped} \(pid {pid} on .+\) did not answer within \d+ s", last), last
+    assert SLOW_START_S / 2 < world.waited_s < 4 * SLOW_START_S
     assert err.count("did not answer within") == 1, err
     if launcher == "msmil train":
         assert world.process.returncode == EXIT_HUNG

@@ -128,6 +128,17 @@ class TestClaims:
         put(cache, 1)
         assert cache.get(digest(1)) == content(1)
 
+    def test_what_one_that_died_had_reserved_is_room_again_for_the_next(self, cache: Cache) -> None:
+        """Those that go on hold the lock of its unfinished files, which then are not removed as left behind."""
+        for i in range(10):
+            part = cache.path(digest(i)).with_name(cache.path(digest(i)).name + PART)
+            part.parent.mkdir(exist_ok=True)
+            part.write_bytes(bytes(SIZE))
+        assert cache.held_bytes() == 10 * SIZE
+        claims = [claimed(cache, i) for i in range(10)]
+        for claim in claims:
+            assert cache.reserve([claim])
+
 
 class TestBound:
     def test_is_never_passed(self, cache: Cache) -> None:
