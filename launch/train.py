@@ -46,9 +46,10 @@ def start(file: str, overrides: Sequence[str], *, ranks: int | None, quiet: bool
     """Check everything that can be checked, start the ranks (None: one per GPU) and return their exit code."""
     config = load_config(file, overrides)
     ranks = default_ranks() if ranks is None else ranks
-    from msmil.engine.preflight import check_experiment
+    from msmil.engine.preflight import check_experiment, fetch_pretrained
 
-    check_experiment(config, ranks)
+    manifest = check_experiment(config, ranks)
+    fetch_pretrained(config, manifest)
     arguments = [file, *overrides, *["--quiet"] * quiet]
     return start_ranks("launch.train", arguments, ranks=ranks, precision=config.train.precision, log=_log_of(config))
 

@@ -57,6 +57,17 @@ def check_experiment(config: Config, world: int) -> Manifest:
     return manifest
 
 
+def fetch_pretrained(config: Config, manifest: Manifest) -> None:
+    """Have timm's weights in the hub's cache of this machine before ranks start, where a run begins with them.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    if config.model.pretrained and newest(folder.checkpoints) is None:
+        build_network(config, (manifest.height_px, manifest.width_px), pretrained=True)
+
+
 def check_splits(config: Config, manifest: Manifest) -> EpochPlan:
     """The order of the first epoch. Refuses data without a whole global batch to train on or validation images."""
     plan = first_epoch(config, manifest)

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,11 +26,17 @@ from msmil.reporting.gallery import read_gallery
 from shards.manifest import read_manifest
 from tests.archives import make_grouped_archive
 from tests.docs.alone import one_rank_in_this_process
-from tests.experiments import write_tiny
+from tests.experiments import TINY, write_tiny
 from tests.run_folders import Page
 from tests.worlds import ROOT, alive, children_running, environment, msmil, run, wait_for
 
 pytestmark = pytest.mark.slow
+
+
+def starting_from(file: object) -> dict[str, object]:
+    """Pretrained weights of a file in place of the hub's, which timm loads in the same way."""
+    options = TINY["model"]["backbone_options"] | {"pretrained_cfg_overlay": {"file": str(file)}}
+    return {"pretrained": True, "backbone_options": options}
 
 
 def scalars(folder: Path) -> dict[str, list[int]]:
@@ -186,6 +194,7 @@ def test_raw_launchers_start_the_same_training(tmp_path: Path, packed: Path, lau
         ({"bags": {"pad_multiple_px": 8}}, [], ("bags.pad_multiple_px", "16")),
         ({"train": {"precision": "fp16"}}, [], ("fp16", "GPU")),
         ({"train": {"trainable_blocks": 99}}, [], ("trainable_blocks", "99")),
+        ({"model": starting_from("nowhere.pth")}, [], ("pretrained weights of 'resnet10t'", "model.pretrained")),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -194,6 +203,19 @@ def test_mistakes_are_one_line_and_exit_code_2(
     done = msmil("train", str(write_tiny(tmp_path, packed, **sections)), *arguments, "--ranks", "2")
     assert_refused(done, *named)
     assert not (tmp_path / "runs").exists()
+
+
+def test_pretrained_weights_are_asked_for_once(tmp_path: Path, packed: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    options = TINY["model"]["backbone_options"]
+    torch.save(timm.create_model("resnet10t", **options).state_dict(), weights)
+    config = write_tiny(tmp_path, packed, model=starting_from(weights), train={"epochs": 1})
+    with one_rank_in_this_process():
+        assert msmil("train", str(config), "--ranks", "1").returncode == 0
+        weights.unlink()
+        done = msmil("train", str(config), "--ranks", "1")
+    assert done.returncode == 0, done.stderr
+    assert "already trained" in done.stderr
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *named: str) -> None:
