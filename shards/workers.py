@@ -31,8 +31,7 @@ _CHECK_EVERY_S: Final = 1.0
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _KEPT_BYTES: Final = 256 << 20  # what decoding the largest mammogram takes, several times over
 
-# What a decoding process imports, with what torch, pyarrow and Pillow import only when they are first used (0.3 s in
-# each process if the server had not done it).
+# What a decoding process imports, with what torch, numpy and Pillow import only when they are first used.
 _PRELOAD: Final = (
     "shards.stream", "torch.utils.data.graph_settings", "numpy.random", "pyarrow.compute", "PIL.BmpImagePlugin",
     "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.PpmImagePlugin",

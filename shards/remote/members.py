@@ -131,11 +131,11 @@ class RemoteMembers:
         if claim is None:
             return
         with claim, self._disk_errors(shard):
+            limit = self._cache.limit_bytes
+            if info.num_bytes > limit:
+                thing = f"this shard of {info.num_bytes} bytes finds no room in the cache of {limit} bytes"
+                raise self._error(shard, thing, _SMALL)
             while not self._cache.reserve([claim]):
-                limit = self._cache.limit_bytes
-                if info.num_bytes > limit:
-                    thing = f"this shard of {info.num_bytes} bytes finds no room in the cache of {limit} bytes"
-                    raise self._error(shard, thing, _SMALL)
                 if not wait:
                     return
                 time.sleep(_ROOM_EVERY_S)  # those that are being fetched take all of it, and give it back
